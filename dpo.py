@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: MIT
+"""Direct Preference Optimization (Rafailov et al. 2023, arXiv 2305.18290).
+
+Copy this file into your project: it needs torch and nothing else.
+
+    logps = sequence_logps(model(tokens), tokens, mask)  # chosen and rejected, policy and reference
+    losses, chosen_rewards, rejected_rewards = dpo_loss(policy_chosen_logps, policy_rejected_logps,
+                                                        ref_chosen_logps, ref_rejected_logps, beta)
+    losses.mean().backward()
+
+The paper's letters, and their names here:
+
+    x               the prompt                              tokens in front, where mask is False
+    y_w, y_l        the answer preferred, and the other     chosen, rejected; mask is True
+    log π_θ(y|x)    the policy, the model in training       policy_chosen_logps, policy_rejected_…
+    log π_ref(y|x)  the reference, its frozen start         ref_chosen_logps, ref_rejected_logps
+    β               strength of the pull to the reference   beta
+    r̂(x, y)         β log(π_θ(y|x) / π_ref(y|x))            chosen_rewards, rejected_rewards
+"""
+import torch
+import torch.nn.functional as F
+
+
+def sequence_logps(logits, tokens, mask):
+    """Log-probability of each row's scored tokens, log π(y|x) = Σ_t log π(y_t | x, y_<t).
+
+    logits (B, T, V)  the model's output at every position, any float dtype
+    tokens (B, T)     the ids that went in: prompt, completion, EOS, then padding
+    mask   (B, T)     True on exactly the tokens to score, the completion and its EOS; False on
+                      prompt and padding. Make it from lengths: EOS and padding may share an id.
+    returns (B,)      nats, ≤ 0, float32 (float64 if the logits are)
+    raises ValueError if the shapes differ or a row has nothing to score
+
+    A sum, by the chain rule: the probability of a text is the product of its tokens'. A mean
+    would be another loss, one in which an answer of |y| tokens has β/|y| for its β.
+
+    Worked value: logits log [[.1 .9] [.3 .7] [.5 .5]], tokens [0 1 0], mask [0 1 1]:
+    log .9 + log .3 = -1.309333.
+    """
+    if logits.shape[:-1] != tokens.shape or mask.shape != tokens.shape:
+        raise ValueError(f"expected logits (B, T, V), tokens (B, T) and mask (B, T), got "
+                         f"{tuple(logits.shape)}, {tuple(tokens.shape)} and {tuple(mask.shape)}")
+    # The logits at position t predict the token at t + 1. This is the only place that shifts.
+    logits = logits[:, :-1]
+    tokens = tokens[:, 1:]
+    mask = mask[:, 1:].bool()
+    if not mask.any(-1).all():
+        raise ValueError("expected a scored token after the first in every row, got a row of none")
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # bfloat16 errs by nats
+    logps = torch.log_softmax(logits, dim=-1)  # (B, T-1, V)
+    logps = logps.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)  # (B, T-1)
+    return torch.where(mask, logps, 0.0).sum(-1)  # select, never multiply: -inf * 0 is nan
+
+
+def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta,
+             *, label_smoothing=0.0):
+    """The DPO loss of each pair (Eq. 7), and the implicit rewards that it compares.
+
+        r̂(x, y) = β (log π_θ(y|x) - log π_ref(y|x))                   Eq. 5 without β log Z(x)
+        loss = -log σ(r̂(x, y_w) - r̂(x, y_l))                          Eq. 7
+        ∇loss = -β σ(r̂_l - r̂_w) (∇log π_θ(y_w|x) - ∇log π_θ(y_l|x))   §4: wrong pairs weigh most
+
+    four log-probabilities (B,)  nats, from sequence_logps; the reference's carry no gradient
+    beta             > 0, in reward per nat. Larger keeps the best policy nearer to the reference.
+    label_smoothing  ε in [0, 0.5): the share of labels believed flipped; the loss is then
+                     -(1-ε) log σ(r̂_w - r̂_l) - ε log σ(r̂_l - r̂_w)
+    returns (losses, chosen_rewards, rejected_rewards), each (B,), one entry a pair; train on
+                     losses.mean(). The rewards carry β and no gradient.
+    raises ValueError if shapes differ or an option is out of range
+
+    Worked value: (-3, -2, -2.5, -2.2) at β = 0.3: margin 0.3 ((-3 + 2.5) - (-2 + 2.2)) = -0.21,
+    loss -log σ(-0.21) = 0.803650. Where policy and reference agree the loss is ln 2 = 0.693147.
+    """
+    logps = (policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    if len({x.shape for x in logps}) != 1:
+        raise ValueError(f"expected four log-probabilities of one shape, got "
+                         f"{', '.join(str(tuple(x.shape)) for x in logps)}")
+    if not 0 < beta < float("inf"):
+        raise ValueError(f"expected beta > 0, got {beta}")
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"expected label_smoothing in [0, 0.5), got {label_smoothing}")
+    chosen_rewards = beta * (policy_chosen_logps - ref_chosen_logps)
+    rejected_rewards = beta * (policy_rejected_logps - ref_rejected_logps)
+    margins = chosen_rewards - rejected_rewards  # β log Z(x) is in both rewards and cancels
+    losses = -F.logsigmoid(margins)
+    if label_smoothing:
+        losses = (1 - label_smoothing) * losses - label_smoothing * F.logsigmoid(-margins)
+    return losses, chosen_rewards.detach(), rejected_rewards.detach()
+
+
+def preference_metrics(losses, chosen_rewards, rejected_rewards, chosen_logps, rejected_logps):
+    """Batch means under the names the field logs them by: a dict of floats.
+
+    loss                                nats a pair
+    rewards/chosen, rewards/rejected    implicit rewards, β times nats
+    rewards/margins                     chosen minus rejected
+    rewards/accuracies                  share of pairs with a margin above 0; a tie counts ½, so
+                                        an untrained policy scores 0.5 and not 0
+    logps/chosen, logps/rejected        log π_θ(y|x), nats; both may fall while the margin grows
+    """
+    margins = chosen_rewards - rejected_rewards
+    return {
+        "loss": losses.mean().item(),
+        "rewards/chosen": chosen_rewards.mean().item(),
+        "rewards/rejected": rejected_rewards.mean().item(),
+        "rewards/accuracies": ((margins.sign() + 1) / 2).mean().item(),
+        "rewards/margins": margins.mean().item(),
+        "logps/chosen": chosen_logps.mean().item(),
+        "logps/rejected": rejected_logps.mean().item(),
+    }
+
+
+def optimal_logps(ref_logps, rewards, beta):
+    """The best policy there is (Eq. 4): log π*(y|x) = log π_ref(y|x) + r(x, y)/β - log Z(x).
+
+    ref_logps, rewards (..., K)  over all K answers to a prompt; beta > 0
+    returns (..., K)             nats; log_softmax subtracts log Z(x), Z = Σ_y π_ref(y|x) exp(r/β)
+
+    No policy has a higher E[r] at the same KL(π‖π_ref); it is what DPO's loss leads to.
+    Worked value: π_ref (½, ½), rewards (ln 3, 0), β = 1: π* = (¾, ¼).
+    """
+    return torch.log_softmax(ref_logps + rewards / beta, dim=-1)
+
+
+def limit_logps(ref_logps, rewards, kl):
+    """The best any policy can do at a given distance from the reference.
+
+    ref_logps, rewards (X, K)  over all K answers to each of X prompts
+    kl                         mean KL(π‖π_ref) over the prompts, > 0, nats
+    returns (X, K)             nats: among all policies at that kl the one of highest mean E[r],
+                               which is Eq. 4 at the one β that spends exactly kl
+    """
+    low, high = 1e-3, 1e6
+    for _ in range(100):  # bisection: KL falls as beta grows
+        beta = (low * high) ** 0.5
+        logps = optimal_logps(ref_logps, rewards, beta)
+        too_far = (logps.exp() * (logps - ref_logps)).sum(-1).mean() > kl
+        low, high = (beta, high) if too_far else (low, beta)
+    return logps

@@ -1,0 +1,248 @@
+"""dpo.py against hand-sized examples and independent formulas. F1 tells seven bugs apart."""
+import ast
+import math
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import dpo
+from dpo import dpo_loss, limit_logps, optimal_logps, preference_metrics, sequence_logps
+
+# Fixture F1. The stub model's logits are the log of the row that its input token names. Prompt
+# [0, 1], chosen [2, 3, 0], rejected [1, 0]; token 0 is EOS and padding. The reference is uniform.
+P = torch.tensor([[.1, .2, .3, .4], [.4, .3, .2, .1], [.25, .25, .25, .25], [.7, .1, .1, .1]],
+                 dtype=torch.float64)
+TOKENS = torch.tensor([[0, 1, 2, 3, 0, 0], [0, 1, 1, 0, 0, 0]])
+MASK = torch.tensor([[0, 0, 1, 1, 1, 0], [0, 0, 1, 1, 0, 0]]).bool()
+LOGITS = P.log()[TOKENS]
+REF = torch.tensor([3, 2], dtype=torch.float64) * math.log(1 / 4)
+
+
+def f1_losses(beta=0.1, **options):
+    chosen, rejected = sequence_logps(LOGITS, TOKENS, MASK)
+    return dpo_loss(chosen, rejected, REF[0], REF[1], beta, **options)
+
+
+def test_f1_log_probabilities_loss_and_rewards():
+    logps = sequence_logps(LOGITS, TOKENS, MASK)
+    assert logps.tolist() == pytest.approx([-3.352407, -2.120264], abs=1e-6)
+    loss, chosen_reward, rejected_reward = f1_losses()
+    assert [loss, chosen_reward, rejected_reward] == pytest.approx([.685469, .080648, .065233], abs=1e-6)
+
+
+def chosen_logp_with_bug(bug):
+    """log π(chosen) of F1 as a faulty implementation computes it, by the formula of the fault."""
+    logps, row = P.log(), [0, 1, 2, 3, 0, 0]
+    scored = {"mask shifted left by one": (1, 4), "first completion token dropped": (3, 5),
+              "EOS not scored": (2, 4), "one PAD scored": (2, 6), "prompt scored": (1, 5),
+              "mean instead of sum": (2, 5), "labels not shifted": (2, 5)}[bug]
+    before = 0 if bug == "labels not shifted" else 1
+    total = sum(logps[row[t - before], row[t]] for t in range(*scored)).item()
+    return total / 3 if bug == "mean instead of sum" else total
+
+
+@pytest.mark.parametrize("bug, wrong", [
+    ("mask shifted left by one", -4.605170), ("first completion token dropped", -1.742969),
+    ("EOS not scored", -2.995732), ("one PAD scored", -5.654992), ("prompt scored", -4.961845),
+    ("mean instead of sum", -1.117469), ("labels not shifted", -5.991465)])
+def test_f1_tells_seven_bugs_apart(bug, wrong):
+    """Each fault gives its own number, and none of them the right one."""
+    assert chosen_logp_with_bug(bug) == pytest.approx(wrong, abs=1e-6)
+    assert abs(sequence_logps(LOGITS, TOKENS, MASK)[0].item() - wrong) > 0.3
+
+
+def test_f1_slips_of_the_loss_give_other_numbers():
+    """β twice .692377, reference forgotten .756651, swapped .700884, smoothing .1 .687011."""
+    chosen, rejected = sequence_logps(LOGITS, TOKENS, MASK)
+    _, chosen_reward, rejected_reward = f1_losses()
+    zero = torch.zeros_like(REF[0])
+    assert dpo_loss(chosen_reward, rejected_reward, zero, zero, 0.1)[0].item() == pytest.approx(.692377, abs=1e-6)
+    assert dpo_loss(chosen, rejected, zero, zero, 0.1)[0].item() == pytest.approx(.756651, abs=1e-6)
+    assert dpo_loss(rejected, chosen, REF[1], REF[0], 0.1)[0].item() == pytest.approx(.700884, abs=1e-6)
+    assert f1_losses(label_smoothing=0.1)[0].item() == pytest.approx(.687011, abs=1e-6)
+    assert f1_losses()[0].item() == pytest.approx(.685469, abs=1e-6)
+
+
+def test_worked_values_of_the_docstrings():
+    logits = torch.tensor([[[.1, .9], [.3, .7], [.5, .5]]]).log()
+    logp = sequence_logps(logits, torch.tensor([[0, 1, 0]]), torch.tensor([[0, 1, 1]]))
+    assert logp.item() == pytest.approx(-1.309333, abs=1e-6)
+    four = [torch.tensor([x]) for x in (-3.0, -2.0, -2.5, -2.2)]
+    assert dpo_loss(*four, 0.3)[0].item() == pytest.approx(0.803650, abs=1e-6)
+    best = optimal_logps(torch.tensor([.5, .5]).log(), torch.tensor([math.log(3), 0]), 1.0).exp()
+    assert best.tolist() == pytest.approx([.75, .25])
+
+
+def with_h(h):
+    """Four log-probabilities whose difference of log-ratios is h."""
+    h = torch.tensor(h, dtype=torch.float64)
+    return h - 7, torch.full_like(h, -5), torch.full_like(h, -6), torch.full_like(h, -4)
+
+
+def test_loss_goldens():
+    """β = 0.1, h = 0, 10, 20, beside an independent NumPy formula."""
+    losses = dpo_loss(*with_h([0., 10., 20.]), 0.1)[0].numpy()
+    assert losses == pytest.approx(np.log1p(np.exp(-0.1 * np.array([0, 10, 20]))), abs=1e-12)
+    assert losses == pytest.approx([.69314718, .31326169, .12692801], abs=1e-8)
+    assert losses.mean() == pytest.approx(.37777896, abs=1e-8)
+    swapped = dpo_loss(*with_h([0., -10., -20.]), 0.1)[0]
+    assert swapped.numpy() == pytest.approx([.69314718, 1.31326169, 2.12692801], abs=1e-8)
+    smoothed = dpo_loss(*with_h([0., 10., 20.]), 0.1, label_smoothing=0.1)[0]
+    assert smoothed.numpy() == pytest.approx([.69314718, .41326169, .32692801], abs=1e-8)
+
+
+def test_gradient_golden_and_its_signs():
+    """∂loss/∂(policy chosen, policy rejected, ref chosen, ref rejected) = (-, +, +, -) 0.165692."""
+    four = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (-3, -2, -2.5, -2.2)]
+    dpo_loss(*four, 0.3)[0].backward()
+    assert [x.grad.item() for x in four] == pytest.approx([-.165692, .165692, .165692, -.165692], abs=1e-6)
+
+
+def test_rewards_carry_beta_and_no_gradient():
+    four = [torch.tensor([x], requires_grad=True) for x in (-3.0, -2.0, -2.5, -2.2)]
+    losses, chosen_rewards, rejected_rewards = dpo_loss(*four, 0.3)
+    assert chosen_rewards.item() == pytest.approx(-0.15) and rejected_rewards.item() == pytest.approx(0.06)
+    assert losses.requires_grad and not chosen_rewards.requires_grad and not rejected_rewards.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_hopeless_pair_has_a_finite_loss_and_gradient(dtype):
+    """log(sigmoid(-1000)) would be -inf; the loss is 1000, and its gradient has size β."""
+    policy = torch.tensor([-1000.0], dtype=dtype, requires_grad=True)
+    zero = torch.zeros(1, dtype=dtype)
+    loss = dpo_loss(policy, zero, zero, zero, 1.0)[0]
+    loss.sum().backward()
+    assert loss.item() == 1000 and policy.grad.item() == -1
+    far = torch.tensor([-1e6], dtype=dtype)
+    assert dpo_loss(far, zero, zero, zero, 1.0, label_smoothing=0.1)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"beta": 0.0}, "expected beta > 0, got 0.0"), ({"beta": -1.0}, "expected beta > 0, got -1.0"),
+    ({"beta": math.nan}, "expected beta > 0, got nan"), ({"beta": math.inf}, "got inf"),
+    ({"label_smoothing": 0.5}, "got 0.5"), ({"label_smoothing": -0.1}, "got -0.1"),
+    ({"ref_chosen_logps": torch.zeros(3, 1)}, r"\(3,\), \(3,\), \(3, 1\), \(3,\)")])
+def test_dpo_loss_refuses_bad_arguments(change, message):
+    names = ("policy_chosen_logps", "policy_rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
+    arguments = {name: torch.zeros(3) for name in names} | {"beta": 0.1} | change
+    with pytest.raises(ValueError, match=message):
+        dpo_loss(**arguments)
+
+
+def test_sequence_logps_refuses_bad_arguments():
+    with pytest.raises(ValueError, match=r"got \(2, 5, 4\), \(2, 6\) and \(2, 6\)"):
+        sequence_logps(LOGITS[:, :5], TOKENS, MASK)
+    with pytest.raises(ValueError, match=r"got \(2, 6, 4\), \(2, 6\) and \(2, 5\)"):
+        sequence_logps(LOGITS, TOKENS, MASK[:, :5])
+    empty = MASK.clone()
+    empty[1] = False
+    with pytest.raises(ValueError, match="a row of none"):
+        sequence_logps(LOGITS, TOKENS, empty)
+    empty[1, 0] = True  # nothing stands before the first token to predict it
+    with pytest.raises(ValueError, match="a row of none"):
+        sequence_logps(LOGITS, TOKENS, empty)
+
+
+def test_every_position_of_the_mask_scores_its_own_token():
+    """Σ over single-position masks equals a naive loop with an independent log-softmax."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 7, 11, generator=generator, dtype=torch.float64)
+    tokens = torch.randint(11, (3, 7), generator=generator)
+    for t in range(1, 7):
+        mask = torch.zeros(3, 7, dtype=torch.bool)
+        mask[:, t] = True
+        for b in range(3):
+            row = logits[b, t - 1].numpy()
+            naive = row[tokens[b, t]] - np.log(np.exp(row).sum())
+            assert sequence_logps(logits, tokens, mask)[b].item() == pytest.approx(naive, abs=1e-12)
+
+
+def test_minus_infinity_outside_the_mask_does_no_harm():
+    """-inf × 0 is nan; selecting is not. Neither value nor gradient may show the prompt's -inf."""
+    logits = LOGITS.clone()
+    logits[:, 0, 1] = -math.inf  # the prompt's second token is impossible
+    logits.requires_grad_()
+    logps = sequence_logps(logits, TOKENS, MASK)
+    logps.sum().backward()
+    assert logps.tolist() == pytest.approx([-3.352407, -2.120264], abs=1e-6)
+    assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_half_precision_logits_are_widened_before_softmax_and_sum(dtype, scale):
+    """200 tokens summed in bfloat16 would err by nats: the result equals that of the same logits
+    in float64 to float32 rounding. Logits of ±1e4 stay finite, and so do their gradients."""
+    generator = torch.Generator().manual_seed(0)
+    logits = (scale * torch.randn(2, 201, 50, generator=generator)).to(dtype).requires_grad_()
+    tokens = torch.randint(50, (2, 201), generator=generator)
+    mask = torch.ones(2, 201, dtype=torch.bool)
+    logps = sequence_logps(logits, tokens, mask)
+    exact = sequence_logps(logits.double(), tokens, mask)
+    logps.sum().backward()
+    assert logps.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert logps.double().tolist() == pytest.approx(exact.tolist(), rel=1e-6)
+    assert logps.isfinite().all() and logits.grad.isfinite().all()
+
+
+def test_padding_and_company_change_no_log_probability():
+    """A row alone, without its padding, scores as in the batch: trimming cuts nothing scored."""
+    together = sequence_logps(LOGITS, TOKENS, MASK)
+    for b, end in ((0, 5), (1, 4)):
+        alone = sequence_logps(LOGITS[b:b + 1, :end], TOKENS[b:b + 1, :end], MASK[b:b + 1, :end])
+        assert alone.item() == pytest.approx(together[b].item(), abs=1e-12)
+
+
+def test_scoring_the_prompt_cancels_under_a_sum_but_not_under_a_mean():
+    """Both halves gain the same log π(x), policy and reference alike, so h keeps its value."""
+    whole = MASK | torch.tensor([0, 1, 0, 0, 0, 0]).bool()
+    def h(mask, count):
+        policy = sequence_logps(LOGITS, TOKENS, mask) / count
+        ref = sequence_logps(torch.zeros_like(LOGITS), TOKENS, mask) / count
+        return ((policy - ref)[0] - (policy - ref)[1]).item()
+    one = torch.ones(2)
+    assert h(MASK, one) == pytest.approx(0.154151, abs=1e-6) == h(whole, one)
+    assert abs(h(MASK, MASK.sum(1)) - h(whole, whole.sum(1))) > 0.01
+
+
+def test_metrics_are_the_fields_names_and_a_tie_counts_half():
+    metrics = preference_metrics(torch.tensor([1., 2., 3., 4.]), torch.tensor([1., 0., 0., 2.]),
+                                 torch.tensor([0., 1., 0., 0.]), torch.tensor([-1., -2., -3., -4.]),
+                                 torch.tensor([-5., -6., -7., -8.]))
+    assert metrics == {"loss": 2.5, "rewards/chosen": 0.75, "rewards/rejected": 0.25,
+                       "rewards/margins": 0.5, "rewards/accuracies": 0.625,
+                       "logps/chosen": -2.5, "logps/rejected": -6.5}
+    assert all(type(value) is float for value in metrics.values())
+    zero = torch.zeros(4)
+    assert preference_metrics(zero, zero, zero, zero, zero)["rewards/accuracies"] == 0.5
+
+
+@pytest.mark.parametrize("kl", [0.01, 0.5, 1.5])
+def test_limit_logps_spends_exactly_its_kl(kl):
+    generator = torch.Generator().manual_seed(0)
+    ref = torch.randn(3, 40, generator=generator, dtype=torch.float64).log_softmax(-1)
+    rewards = 2 * torch.randn(3, 40, generator=generator, dtype=torch.float64)
+    limit = limit_logps(ref, rewards, kl)
+    assert (limit.exp() * (limit - ref)).sum(-1).mean().item() == pytest.approx(kl, rel=1e-6)
+    beta = ((rewards[0, 0] - rewards[0, 1]) / (limit - ref)[0, :2].diff().neg()).item()
+    assert limit.tolist() == optimal_logps(ref, rewards, beta).tolist() or torch.allclose(
+        limit, optimal_logps(ref, rewards, beta), atol=1e-9)
+
+
+def test_copying_the_one_file_is_enough(tmp_path):
+    """dpo.py imports torch alone, and works in a folder that holds nothing else."""
+    imported = {name.name.split(".")[0] for node in ast.walk(ast.parse(open(dpo.__file__).read()))
+                if isinstance(node, (ast.Import, ast.ImportFrom))
+                for name in ([ast.alias(node.module)] if isinstance(node, ast.ImportFrom) else node.names)}
+    assert imported == {"torch"}
+    shutil.copy(dpo.__file__, tmp_path)
+    code = "import torch, dpo; z = torch.zeros(2); print(dpo.dpo_loss(z, z, z, z, 0.1)[0].mean().item())"
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+                         env=environment)
+    assert float(out.stdout) == pytest.approx(math.log(2)), out.stderr
