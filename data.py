@@ -105,7 +105,8 @@ def outcome_rewards(prompts):
 
 def exact_figures(logps, ref_logps, rewards):
     """Means over the prompts of E[r], KL(π‖π_ref) in nats, the probability of well-formed reviews,
-    and the win rate: the chance that y ~ π is worth more than y' ~ π_ref, where a tie counts ½."""
+    and the win rate: the chance that y ~ π is worth more than y' ~ π_ref, where a tie counts ½.
+    All malformed text is one outcome, so the KL is a lower bound of that between texts."""
     p, ref = logps.exp(), ref_logps.exp()
     wins = [p_x @ ((r[:, None] - r).sign() + 1) @ ref_x / 2
             for p_x, ref_x, r in zip(p, ref, rewards)]
@@ -116,9 +117,9 @@ def exact_figures(logps, ref_logps, rewards):
 
 
 def exact_accuracy(scores, ref_logps, rewards):
-    """Share of the noisy labels on two different y ~ π_ref that scores (X, 1885) foretell.
+    """Share of the noisy labels on two different y ~ π_ref that scores (X, 1885) predict.
 
-    With the true rewards as scores it is the Bayes accuracy: no scores can foretell more."""
+    With the true rewards as scores it is the Bayes accuracy: no scores can predict more."""
     right = total = 0.0
     for s, p, r in zip(scores, ref_logps.exp(), rewards):
         pair = (p[:, None] * p).fill_diagonal_(0)  # (1885, 1885), each pair in both orders

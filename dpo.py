@@ -45,8 +45,8 @@ def sequence_logps(logits, tokens, mask):
     tokens = tokens[:, 1:]
     mask = mask[:, 1:].bool()
     if not mask.any(-1).all():
-        raise ValueError("expected a scored token after the first in every row, got a row of none")
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # bfloat16 errs by nats
+        raise ValueError("expected a scored token after the first in every row, but a row has none")
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # bfloat16 sums err
     logps = torch.log_softmax(logits, dim=-1)  # (B, T-1, V)
     logps = logps.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)  # (B, T-1)
     return torch.where(mask, logps, 0.0).sum(-1)  # select, never multiply: -inf * 0 is nan
@@ -111,12 +111,14 @@ def preference_metrics(losses, chosen_rewards, rejected_rewards, chosen_logps, r
 
 
 def optimal_logps(ref_logps, rewards, beta):
-    """The best policy there is (Eq. 4): log π*(y|x) = log π_ref(y|x) + r(x, y)/β - log Z(x).
+    """The policy that maximises E[r] - β KL(π‖π_ref), the aim of RLHF (Eq. 3), which is (Eq. 4)
+
+        log π*(y|x) = log π_ref(y|x) + r(x, y)/β - log Z(x)
 
     ref_logps, rewards (..., K)  over all K answers to a prompt; beta > 0
     returns (..., K)             nats; log_softmax subtracts log Z(x), Z = Σ_y π_ref(y|x) exp(r/β)
 
-    No policy has a higher E[r] at the same KL(π‖π_ref); it is what DPO's loss leads to.
+    The DPO loss has the same optimum if the labels follow Bradley-Terry with rewards r (Eq. 1).
     Worked value: π_ref (½, ½), rewards (ln 3, 0), β = 1: π* = (¾, ¼).
     """
     return torch.log_softmax(ref_logps + rewards / beta, dim=-1)

@@ -38,11 +38,11 @@ def option(default, help):
 class Config:
     beta: float = option(1.0, "pull to the reference, in reward per nat; larger stays nearer")
     label_smoothing: float = option(0.0, "share of labels believed flipped, in [0, 0.5)")
-    learning_rate: float = option(1e-3, "peak rate of DPO, per step")
-    steps: int = option(1000, "DPO steps, in batches")
+    learning_rate: float = option(1e-3, "peak learning rate of DPO")
+    steps: int = option(1000, "DPO steps, one batch each")
     pairs: int = option(32768, "preference pairs to sample and label")
-    sft_learning_rate: float = option(2e-3, "peak rate of SFT, per step")
-    sft_steps: int = option(1000, "SFT steps, in batches")
+    sft_learning_rate: float = option(2e-3, "peak learning rate of SFT")
+    sft_steps: int = option(1000, "SFT steps, one batch each")
     reviews: int = option(20000, "reviews in the SFT corpus")
     batch_size: int = option(64, "reviews (SFT) or pairs (DPO) in a batch")
     n_layer: int = option(2, "transformer blocks")
@@ -54,13 +54,13 @@ class Config:
     out: str = option("out", "folder for checkpoints and metrics")
 
     def __post_init__(self):
-        """Raise ValueError on an impossible value; replace auto by what this machine has."""
-        dpo_loss(*torch.zeros(4), self.beta, label_smoothing=self.label_smoothing)
+        """Raise ValueError on impossible values; replace auto by what this machine has."""
+        dpo_loss(*torch.zeros(4), self.beta, label_smoothing=self.label_smoothing)  # checks both
         for f in fields(self):
             low, value = int(f.type is int and f.name != "seed"), getattr(self, f.name)
             if f.type is not str and not low <= value < 2**32:
                 raise ValueError(f"expected {f.name} in [{low}, 2**32), got {value}")
-        GPTConfig(vocab_size=1, n_head=self.n_head, n_embd=self.n_embd)
+        GPTConfig(vocab_size=1, n_head=self.n_head, n_embd=self.n_embd)  # checks that they fit
         gpu = torch.cuda.is_available()
         if self.device == "auto":
             self.device = "cuda" if gpu else "cpu"
@@ -130,7 +130,7 @@ def save(path, model):
 
 
 def learning_rate(step, steps, peak):
-    """Warm-up over the first tenth of the steps, then a cosine to 0."""
+    """The smaller of a warm-up over the first tenth of the steps and a cosine from peak to 0."""
     return peak * min((step + 1) / (0.1 * steps), 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
@@ -174,19 +174,19 @@ def train_sft(model, rows, cfg, log):
 def make_pairs(model, prompts, cfg, tokenizer, log):
     """Sample y1, y2 ~ π_SFT(·|x) and let the labeller choose: [(prompt, chosen, rejected)] ids."""
     texts = [prompts[i % len(prompts)] for i in range(cfg.pairs)]
-    prompts = [tokenizer.encode_ordinary(text) for text in texts]
+    ids = [tokenizer.encode_ordinary(text) for text in texts]
     generator = torch.Generator(cfg.device).manual_seed(cfg.seed)
     options = data.MAX_NEW_TOKENS, 1.0, tokenizer.eot_token, generator
     with autocast(cfg):
-        first, second = model.sample(prompts, *options), model.sample(prompts, *options)
+        first, second = model.sample(ids, *options), model.sample(ids, *options)
     rewards = np.array([[data.reward(x, data.decode(tokenizer, y)) for x, y in zip(texts, answers)]
                         for answers in (first, second)])
     first_wins = data.prefers_first(*rewards, np.random.default_rng((cfg.seed, 2)))
     pairs = [(x, y1, y2) if wins else (x, y2, y1)
-             for x, y1, y2, wins in zip(prompts, first, second, first_wins) if y1 != y2]
+             for x, y1, y2, wins in zip(ids, first, second, first_wins) if y1 != y2]
     identical, malformed = cfg.pairs - len(pairs), int((rewards == data.MALFORMED).any(0).sum())
     log.write(stage="pairs", pairs=len(pairs), identical=identical, malformed=malformed)
-    print(f"\n{len(pairs):,} pairs; {malformed} hold malformed text, {identical} identical dropped")
+    print(f"\n{cfg.pairs:,} pairs: {identical} identical dropped, {malformed} hold malformed text")
     return pairs
 
 
@@ -240,8 +240,8 @@ def evaluate(sft, policy, prompts, cfg, tokenizer):
 
 def report(figures, sft, policy, prompts, cfg, tokenizer):
     """Print the figures, then samples for three prompts before and after."""
-    print(f"\n{len(prompts)} held-out prompts, exact: {len(data.REVIEWS):,} reviews and the rest"
-          "\n                           E[r]   KL, nats   well-formed   wins against SFT")
+    print(f"\n{len(prompts)} held-out prompts, exact: {len(data.REVIEWS):,} reviews and the rest\n"
+          "                           E[r]   KL, nats   well-formed   wins against SFT")
     for name, who in ("SFT", "sft"), ("DPO", "dpo"), ("best policy at that KL", "limit"):
         print("{:22}{:9.3f}{:11.3f}{:14.4f}{:19.3f}".format(
             name, *(figures[f"report/{who}/{x}"] for x in ("reward", "kl", "valid", "win_rate"))))
@@ -249,7 +249,7 @@ def report(figures, sft, policy, prompts, cfg, tokenizer):
     correlation = figures["report/implicit_reward_correlation"]
     accuracy, bayes = figures["report/accuracy"], figures["report/bayes_accuracy"]
     print(f"\nDPO reaches {share:.1%} of the limit. Implicit and true reward correlate at "
-          f"{correlation:.3f}.\nHeld-out preferences foretold: {accuracy:.1%}; at best {bayes:.1%}.")
+          f"{correlation:.3f}.\nHeld-out labels predicted: {accuracy:.1%}; at most {bayes:.1%}.")
     generator = torch.Generator(cfg.device).manual_seed(cfg.seed)
     options = data.MAX_NEW_TOKENS, 1.0, tokenizer.eot_token, generator
     for prompt in prompts[::7]:
@@ -267,14 +267,14 @@ def main(arguments=None):
     tokenizer = data.toy_tokenizer()
     train_prompts, held_out_prompts = data.prompts()
 
-    # 1. Supervised fine-tuning: maximum likelihood on what people write.
+    # 1. Supervised fine-tuning, from scratch: maximum likelihood on what people write.
     corpus = data.corpus(train_prompts, cfg.reviews, np.random.default_rng((cfg.seed, 0)))
-    shape = GPTConfig(tokenizer.n_vocab, n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.n_embd)
-    sft = GPT(shape).to(cfg.device)
+    config = GPTConfig(tokenizer.n_vocab, n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.n_embd)
+    sft = GPT(config).to(cfg.device)
     train_sft(sft, [data.encode(tokenizer, x, y) for x, y in corpus], cfg, log)
     save(f"{cfg.out}/sft.pt", sft)
 
-    # 2. Preferences: two samples of that model to a prompt, and a noisy human who picks one.
+    # 2. Preferences: two samples of that model to a prompt; a simulated, noisy human picks one.
     pairs = make_pairs(sft, train_prompts, cfg, tokenizer, log)
 
     # 3. The reference is the SFT model, frozen. Its log-probabilities are constants of the data, so

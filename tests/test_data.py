@@ -67,7 +67,7 @@ def test_the_labeller_is_bradley_terry():
 
 def random_policies(seed, prompts=(THRILLER, COMEDY)):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(len(prompts), 1885, generator=generator, dtype=torch.float64).log_softmax(-1)
+    return (3 * torch.randn(len(prompts), 1885, generator=generator, dtype=torch.float64)).log_softmax(-1)
 
 
 def test_exact_figures_agree_with_a_million_samples():
@@ -79,7 +79,7 @@ def test_exact_figures_agree_with_a_million_samples():
     r, r_other = rewards.gather(1, y), rewards.gather(1, other)
     sampled = {"reward": r.mean(), "kl": (p - ref).gather(1, y).mean(), "valid": (y < 1884).double().mean(),
                "win_rate": (r > r_other).double().mean() + (r == r_other).double().mean() / 2}
-    assert exact == pytest.approx({k: v.item() for k, v in sampled.items()}, abs=0.01)
+    assert exact == pytest.approx({k: v.item() for k, v in sampled.items()}, abs=0.02)
     same = data.exact_figures(ref, ref, rewards)
     assert same["kl"] == 0 and same["win_rate"] == pytest.approx(0.5, abs=1e-12)
 

@@ -141,10 +141,10 @@ def test_sequence_logps_refuses_bad_arguments():
         sequence_logps(LOGITS, TOKENS, MASK[:, :5])
     empty = MASK.clone()
     empty[1] = False
-    with pytest.raises(ValueError, match="a row of none"):
+    with pytest.raises(ValueError, match="but a row has none"):
         sequence_logps(LOGITS, TOKENS, empty)
     empty[1, 0] = True  # nothing stands before the first token to predict it
-    with pytest.raises(ValueError, match="a row of none"):
+    with pytest.raises(ValueError, match="but a row has none"):
         sequence_logps(LOGITS, TOKENS, empty)
 
 

@@ -11,10 +11,11 @@ EOS = 10
 
 
 def tiny(dtype=torch.float64, **shape):
-    torch.manual_seed(0)
+    """A GPT away from its initial values, at which many faults do not show: its greedy texts differ."""
+    torch.manual_seed(5)
     model = GPT(GPTConfig(**{"vocab_size": 11, "block_size": 12, "n_layer": 2, "n_head": 2, "n_embd": 8} | shape))
-    for p in model.parameters():  # away from the initial values, at which many faults do not show
-        torch.nn.init.normal_(p, std=0.3)
+    for name, p in model.named_parameters():
+        torch.nn.init.normal_(p, std=0.1 if name == "ln_f.bias" else 0.8)
     return model.to(dtype)
 
 
@@ -108,26 +109,23 @@ def test_gpt_is_the_same_in_training_and_evaluation_and_draws_no_random_numbers(
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_temperature_0_takes_the_argmax_of_every_step():
-    model = tiny()
-    tokens, lengths = model.generate(torch.tensor([[3, 1]]), torch.tensor([2]), 6, 0, EOS)
-    row = [3, 1]
-    while len(row) < 8 and row[-1] != EOS:
-        row.append(model(torch.tensor([row]))[0, -1].argmax().item())
-    assert tokens[0, :lengths[0]].tolist() == row
-
-
-def test_ragged_prompts_in_one_batch_continue_as_each_does_alone():
-    model = tiny()
-    prompts = [[3], [1, 4, 1, 5], [9, 2]]
-    batch = torch.tensor([[3, 0, 0, 0], [1, 4, 1, 5], [9, 2, 0, 0]])
-    tokens, ends = model.generate(batch, torch.tensor([1, 4, 2]), 6, 0, EOS)
-    alone = [model.generate(torch.tensor([p]), torch.tensor([len(p)]), 6, 0, EOS) for p in prompts]
-    for i, (row, end) in enumerate(alone):
-        assert tokens[i, :ends[i]].tolist() == row[0, :end[0]].tolist()
-        assert tokens[i, :len(prompts[i])].tolist() == prompts[i]
-    expected = [row[0, len(p):end[0]].tolist() for p, (row, end) in zip(prompts, alone)]
-    assert model.sample(prompts, 6, 0, EOS, batch_size=2) == expected
+def test_temperature_0_takes_the_argmax_of_every_step_in_ragged_batches():
+    """50 prompts of one to five tokens in one batch continue as each does alone, by hand."""
+    model, rng, expected = tiny(), np.random.default_rng(0), []
+    prompts = [rng.integers(10, size=n).tolist() for n in rng.integers(1, 6, 50)]
+    for prompt in prompts:
+        row = list(prompt)
+        while len(row) < len(prompt) + 6 and (row == prompt or row[-1] != EOS):
+            row.append(model(torch.tensor([row]))[0, -1].argmax().item())
+        expected.append(row)
+    assert len({tuple(row[-3:]) for row in expected}) > 5  # the prompts do matter
+    batch = torch.zeros(50, 5, dtype=torch.long)
+    for i, prompt in enumerate(prompts):
+        batch[i, :len(prompt)] = torch.tensor(prompt)
+    tokens, ends = model.generate(batch, torch.tensor([len(p) for p in prompts]), 6, 0, EOS)
+    assert [row[:end] for row, end in zip(tokens.tolist(), ends.tolist())] == expected
+    completions = [row[len(p):] for p, row in zip(prompts, expected)]
+    assert model.sample(prompts, 6, 0, EOS, batch_size=7) == completions
 
 
 def test_a_row_stops_at_eos_and_holds_nothing_but_eos_after_it():

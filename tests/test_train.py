@@ -165,6 +165,18 @@ def test_every_option_has_a_flag_a_help_text_and_reaches_the_config(capsys):
     assert Config().device == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def test_weights_are_float32_and_do_not_decay():
+    """Decay pulls to zero, not to the reference. In bfloat16 a weight of 0.02 would not move at all
+    by a step of 1e-6; in float32, under bfloat16 autocast, nearly every weight does."""
+    assert train.ADAMW["weight_decay"] == 0
+    cfg = Config(steps=1, batch_size=12, learning_rate=1e-6, dtype="bfloat16", device="cpu")
+    sft, pairs = tiny_model(), tiny_pairs()
+    policy = copy.deepcopy(sft)
+    train.train_dpo(policy, pairs, *reference(sft, pairs, cfg), cfg, Silent())
+    moved = (policy.h[0].mlp.c_fc.weight != sft.h[0].mlp.c_fc.weight).float().mean()
+    assert moved > 0.9 and policy.wte.weight.dtype == torch.float32
+
+
 def test_the_rate_warms_up_and_falls_as_a_cosine():
     rates = [train.learning_rate(step, 100, 2.0) for step in range(100)]
     assert rates[0] == pytest.approx(0.2) and rates[4] == pytest.approx(1.0)
