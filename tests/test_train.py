@@ -126,7 +126,7 @@ def test_half_precision_trains_with_float32_weights(tmp_path, dtype):
     (["--beta", "0"], "expected beta > 0, got 0.0"), (["--beta", "nan"], "expected beta > 0, got nan"),
     (["--beta", "x"], "argument --beta: invalid float value: 'x'"),
     (["--label_smoothing", "0.5"], "expected label_smoothing in [0, 0.5), got 0.5"),
-    (["--learning_rate", "-1"], "expected learning_rate in [0, 2**32), got -1.0"),
+    (["--learning_rate", "0"], "expected learning_rate in [1e-09, 2**32), got 0.0"),
     (["--steps", "0"], "expected steps in [1, 2**32), got 0"),
     (["--steps", "1.5"], "argument --steps: invalid int value: '1.5'"),
     (["--seed", "-1"], "expected seed in [0, 2**32), got -1"),
@@ -211,8 +211,8 @@ def test_dpo_moves_the_policy_and_leaves_the_reference_alone():
 
 def test_reference_scores_follow_their_pair_through_the_shuffle():
     """In every shuffled batch of the first epoch policy and reference agree, so the loss stays ln 2
-    at rate 0. A reference paired with other examples would show."""
-    cfg, pairs, log = Config(steps=6, batch_size=4, learning_rate=0.0, device="cpu"), tiny_pairs(24), Silent()
+    at a rate of 1e-9. A reference paired with other examples would show."""
+    cfg, pairs, log = Config(steps=6, batch_size=4, learning_rate=1e-9, device="cpu"), tiny_pairs(24), Silent()
     sft = tiny_model()
     train.train_dpo(copy.deepcopy(sft), pairs, *reference(sft, pairs, cfg), cfg, log)
     assert [m["loss"] for m in log.metrics] == pytest.approx([math.log(2)] * 6, abs=1e-5)
