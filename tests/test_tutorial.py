@@ -45,15 +45,17 @@ def test_chapters_are_numbered_in_order():
 
 @pytest.mark.parametrize("module", [data, dpo, model, train])
 def test_every_name_taken_from_a_module_exists_and_none_is_defined_again(module):
-    names = {name for source in SOURCES for name in re.findall(rf"\b{module.__name__}\.(\w+)", source)}
+    nodes = [node for source in SOURCES for node in ast.walk(ast.parse(source))]
+    imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    used = {alias.name for node in nodes if isinstance(node, ast.ImportFrom) and node.module == module.__name__
+            for alias in node.names}
+    if module.__name__ in imported:
+        used |= {node.attr for node in nodes if isinstance(node, ast.Attribute)
+                 and isinstance(node.value, ast.Name) and node.value.id == module.__name__}
+    assert used and all(hasattr(module, name) for name in used), used
     own = {name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
-    for source in SOURCES:
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.ImportFrom) and node.module == module.__name__:
-                names |= {alias.name for alias in node.names}
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-                assert node.name not in own
-    assert all(hasattr(module, name) for name in names), names
+    defined = {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    assert not own & defined
 
 
 def test_it_holds_no_path_of_the_machine_it_ran_on():
