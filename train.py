@@ -255,8 +255,8 @@ def report(figures, sft, policy, prompts, cfg, tokenizer):
     for prompt in prompts[::7]:
         four = [tokenizer.encode_ordinary(prompt)] * 4
         print(f"\n{prompt}\n    {'SFT':40}DPO")
-        for before, after in zip(sft.sample(four, *options), policy.sample(four, *options)):
-            print(f"    {data.decode(tokenizer, before)!r:40}{data.decode(tokenizer, after)!r}")
+        for y_sft, y_dpo in zip(sft.sample(four, *options), policy.sample(four, *options)):
+            print(f"    {data.decode(tokenizer, y_sft)!r:40}{data.decode(tokenizer, y_dpo)!r}")
 
 
 def main(arguments=None):
@@ -297,4 +297,4 @@ if __name__ == "__main__":
     try:
         main()
     except OSError as error:
-        fail(f"{error.filename}: {error.strerror}")
+        fail(f"{error.filename or 'writing'}: {error.strerror}")
