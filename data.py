@@ -11,7 +11,10 @@ adjectives' worth in that genre:
 That makes 12 + 144 + 1,728 = 1,884 completions a prompt, so expectations and divergences are sums
 over all of them. Anything else a model writes is malformed and worth less than the worst review.
 """
+import collections
 import itertools
+import json
+import math
 
 import numpy as np
 import tiktoken
@@ -78,15 +81,10 @@ def corpus(prompts, n, rng):
 def reward(prompt, completion):
     """The true reward r(x, y): the sum of the words' worth in the prompt's genre, or MALFORMED.
 
-    >>> reward("Last night we saw a thriller:", " tense clever superb")
-    6
-    >>> reward("Last night we saw a comedy:", " tense clever superb")
-    2
+    Worked value: " tense clever superb" is worth 6 of a thriller and 2 of a comedy.
     """
     words = completion.split()
-    if not 1 <= len(words) <= 3 or completion != "".join(" " + word for word in words):
-        return MALFORMED
-    if any(word not in WORTH for word in words):
+    if completion not in REVIEWS:
         return MALFORMED
     return sum(WORTH[word][GENRES.index(genre(prompt))] for word in words)
 
@@ -142,6 +140,15 @@ def toy_tokenizer():
     )
 
 
+def get_tokenizer(name):
+    """"toy", or one of tiktoken's, which are downloaded at first use."""
+    try:
+        return toy_tokenizer() if name == "toy" else tiktoken.get_encoding(name)
+    except OSError:
+        raise ValueError(f"the {name} vocabulary is not on this disk and could not be downloaded; "
+                         "--tokenizer toy needs no download") from None
+
+
 def encode(tokenizer, prompt, completion):
     """The ids of a prompt, and those of its completion with EOS: two lists.
 
@@ -159,22 +166,84 @@ def decode(tokenizer, completion):
     return tokenizer.decode(completion) + "…"
 
 
-def collate(rows, device="cpu"):
-    """[(prompt ids, completion ids)] -> tokens (B, T) int64, mask (B, T) bool, padded on the right.
+def read_jsonl(path):
+    """[(prompt, chosen, rejected)] of a file with one JSON object of these three texts a line.
 
-    The mask is made from the lengths, not from the ids, and is True on the completion and its EOS:
-
-        tokens   Last  night  we  saw  a  thriller  :  tense  superb  EOS  pad
-        mask      .      .     .   .   .     .      .    x      x      x    .
+    Raises ValueError, "path:line: what is wrong", at the first bad line. Skips blank lines.
     """
-    T = max(len(prompt) + len(completion) for prompt, completion in rows)
-    tokens = np.zeros((len(rows), T), np.int64)
-    mask = np.zeros((len(rows), T), bool)
-    for i, (prompt, completion) in enumerate(rows):
-        end = len(prompt) + len(completion)
-        tokens[i, :end] = prompt + completion
-        mask[i, len(prompt):end] = True
-    return torch.from_numpy(tokens).to(device), torch.from_numpy(mask).to(device)
+    pairs, keys = [], ("prompt", "chosen", "rejected")
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                pair = json.loads(line.decode("utf-8-sig"))
+                if not isinstance(pair, dict):
+                    raise ValueError("expected a JSON object")
+                for key in keys:
+                    text = pair.get(key)
+                    if not isinstance(text, str) or not text.strip() or "\0" in text:
+                        raise ValueError(f"expected {key} to be text, not empty and without NUL")
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}:{number}: {error}") from None
+            pairs.append(tuple(pair[key] for key in keys))
+    if not pairs:
+        raise ValueError(f"{path}: expected a pair, got an empty file")
+    return pairs
+
+
+def split_pairs(texts, tokenizer, block_size, held_out, seed):
+    """[(prompt, chosen, rejected)], as texts -> as ids, (to train on, held out, counts).
+
+    A share held_out of the prompts is held out, each with all of its pairs. A pair is dropped if an
+    answer takes more than half of block_size, or if its answers are the same: that teaches nothing.
+    Prompts lose their first tokens where the longer answer would not fit. Duplicates and
+    contradictions are counted and kept: people repeat themselves and disagree.
+    """
+    pairs, seen, counts = [], set(), collections.Counter()
+    for x, y_w, y_l in texts:
+        (prompt, chosen), (_, rejected) = (encode(tokenizer, x, y) for y in (y_w, y_l))
+        room = block_size - max(len(chosen), len(rejected))
+        counts["identical, dropped"] += chosen == rejected
+        counts["too long, dropped"] += room < block_size / 2 and chosen != rejected
+        if chosen != rejected and room >= block_size / 2:
+            counts["prompts cut"] += len(prompt) > room
+            counts["duplicate"] += (x, y_w, y_l) in seen
+            counts["contradictory"] += (x, y_l, y_w) in seen
+            seen.add((x, y_w, y_l))
+            pairs.append((x, (prompt[-room:], chosen, rejected)))
+    prompts = sorted({x for x, _ in pairs})
+    if len(prompts) < 2:
+        raise ValueError(f"expected usable pairs of two prompts or more, got {len(prompts)}")
+    order = np.random.default_rng(seed).permutation(len(prompts))
+    count = min(math.ceil(held_out * len(prompts)), len(prompts) - 1)
+    out = {prompts[i] for i in order[:count]}
+    train, test = ([pair for x, pair in pairs if (x in out) == side] for side in (False, True))
+    return train, test, {"to train on": len(train), "held out": len(test)} | counts
+
+
+def collate(examples, device="cpu"):
+    """[(prompt ids, answer ids, …)], K answers each -> four tensors (B, T) int64, padded with 0:
+
+        tokens     Last night we saw a thriller : tense superb EOS dull EOS pad
+        positions   0    1    2   3  4    5     6   7     8     9   7    8   0
+        answers     0    0    0   0  0    0     0   1     1     1   2    2   0
+        sources     0    0    0   0  0    0     0   6     7     8   6   10   0
+
+    A row is a prompt and its answers side by side: answers says which a token is in, positions
+    counts within the prompt and that answer. The tokens with answers > 0 are scored, EOS included,
+    by the logits at their sources: the token before, or the prompt's last for an answer's first.
+    """
+    T = max(sum(map(len, example)) for example in examples)
+    batch = np.zeros((len(examples), 4, T), np.int64)
+    for row, (prompt, *completions) in zip(batch, examples):
+        n = end = len(prompt)
+        row[:2, :n] = prompt, range(n)
+        for k, y in enumerate(completions, 1):
+            start, end = end, end + len(y)
+            row[:3, start:end] = y, range(n, n + len(y)), [k] * len(y)
+            row[3, start:end] = [n - 1, *range(start, end - 1)]
+    return torch.from_numpy(batch).to(device).unbind(1)
 
 
 def batches(lengths, batch_size, seed):

@@ -3,20 +3,20 @@
 
     python train.py                        # the toy world: a minute on two CPU cores
     python train.py --beta 0.5 --seed 1    # every setting is a flag: python train.py --help
+    python train.py --data pairs.jsonl     # your own pairs, from GPT-2 if you like: see the README
 
-Prints progress, then exact figures on prompts that were never trained on. Writes the checkpoints
-sft.pt and dpo.pt and every metric of every step, metrics.jsonl, into the folder --out.
-
-Different from the paper (arXiv 2305.18290, appendix B): AdamW, not RMSprop; a rate of 1e-3 at its
-peak, not 1e-6, because the model is small; warm-up over a tenth of the steps, not 150 of them, then
-a cosine to 0, not constant; gradients clipped to norm 1; β = 1, not 0.1, because toy rewards are a
-few nats. Batches of 64 are the same. Weight decay is 0: it pulls to zero, not to the reference.
+Prints progress, then figures on prompts that were never trained on, exact ones in the toy world.
+Writes into --out: sft.pt, dpo.pt, metrics.jsonl with every step's metrics, state.pt for --resume.
 """
 import argparse
 import copy
+import hashlib
+import itertools
 import json
 import math
 import os
+import pathlib
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
@@ -25,52 +25,58 @@ import numpy as np
 import torch
 
 import data
-from dpo import dpo_loss, limit_logps, preference_metrics, sequence_logps
-from model import GPT, GPTConfig
+from dpo import dpo_loss, limit_logps, preference_metrics
+from model import GPT, TOKENS_AT_ONCE, GPTConfig, read, save
 
 ADAMW = {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}
+COLUMNS = "loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected"
 
-def option(default, help):
-    return field(default=default, metadata={"help": help})
+def option(default, help, *allowed):  # two numbers, from and below; or words
+    return field(default=default, metadata={"help": help, "allowed": allowed})
 
 
 @dataclass
 class Config:
-    beta: float = option(1.0, "pull to the reference, in reward per nat; larger stays nearer")
-    label_smoothing: float = option(0.0, "share of labels believed flipped, in [0, 0.5)")
-    learning_rate: float = option(1e-3, "peak learning rate of DPO")
-    steps: int = option(1000, "DPO steps, one batch each")
-    pairs: int = option(32768, "preference pairs to sample and label")
-    sft_learning_rate: float = option(2e-3, "peak learning rate of SFT")
-    sft_steps: int = option(1000, "SFT steps, one batch each")
-    reviews: int = option(20000, "reviews in the SFT corpus")
-    batch_size: int = option(64, "reviews (SFT) or pairs (DPO) in a batch")
-    n_layer: int = option(2, "transformer blocks")
-    n_head: int = option(2, "attention heads in a block")
-    n_embd: int = option(64, "channels, a multiple of n_head")
-    device: str = option("auto", "cpu, cuda, or auto: the GPU if there is one")
-    dtype: str = option("auto", "autocast: float32, bfloat16, float16, or auto: the device's best")
-    seed: int = option(0, "of weights, data, sampling and batches")
+    data: str = option("", "JSONL of prompt, chosen, rejected; without it, the toy world")
+    tokenizer: str = option("auto", "toy, or gpt2: auto with --data", "auto", "toy", "gpt2")
+    init: str = option("", "start from a checkpoint of ours or GPT-2's pytorch_model.bin")
+    held_out: float = option(0.1, "share of the prompts of --data to hold out", 1e-9, 1)
+    beta: float = option(1.0, "pull to the reference; larger stays nearer", 1e-9, 2**32)
+    label_smoothing: float = option(0.0, "share of labels believed flipped", 0, 0.5)
+    learning_rate: float = option(1e-3, "peak rate of DPO; some 1e-6 for GPT-2", 1e-12, 2**32)
+    steps: int = option(1000, "DPO steps, one batch each", 1, 2**32)
+    pairs: int = option(32768, "preference pairs to sample in the toy world", 1, 2**32)
+    sft_learning_rate: float = option(2e-3, "peak rate of SFT; some 1e-5 for GPT-2", 1e-12, 2**32)
+    sft_steps: int = option(1000, "SFT steps, one batch each; 0 for none", 0, 2**32)
+    reviews: int = option(20000, "reviews in the SFT corpus of the toy world", 1, 2**32)
+    batch_size: int = option(64, "texts (SFT) or pairs (DPO) in a batch", 1, 2**32)
+    grad_accum: int = option(1, "parts that a batch is run in, to save memory", 1, 2**32)
+    block_size: int = option(256, "longest prompt with its answer, in tokens", 16, 2**32)
+    n_layer: int = option(2, "transformer blocks of a model without --init", 1, 2**32)
+    n_head: int = option(2, "attention heads in a block of it", 1, 2**32)
+    n_embd: int = option(64, "channels of it, a multiple of n_head", 1, 2**32)
+    device: str = option("auto", "auto: the GPU if there is one", "auto", "cpu", "cuda")
+    dtype: str = option("auto", "of matrix products", "auto", "float32", "bfloat16", "float16")
+    seed: int = option(0, "of weights, data, sampling and batches", 0, 2**32)
     out: str = option("out", "folder for checkpoints and metrics")
+    save_every: int = option(200, "steps between two states to resume from", 1, 2**32)
+    resume: bool = option(False, "go on from the state in --out, if there is one")
 
     def __post_init__(self):
         """Raise ValueError on impossible values; replace auto by what this machine has."""
-        dpo_loss(*torch.zeros(4), self.beta, label_smoothing=self.label_smoothing)  # checks both
         for f in fields(self):
-            low, value = {int: int(f.name != "seed"), float: 1e-9}.get(f.type), getattr(self, f.name)
-            if low is not None and f.name != "label_smoothing" and not low <= value < 2**32:
-                raise ValueError(f"expected {f.name} in [{low}, 2**32), got {value}")
-        GPTConfig(vocab_size=1, n_head=self.n_head, n_embd=self.n_embd)  # checks that they fit
+            value, allowed = getattr(self, f.name), f.metadata["allowed"]
+            if f.type in (int, float) and not allowed[0] <= value < allowed[1]:
+                raise ValueError(f"expected {f.name} in [{allowed[0]}, {allowed[1]}), got {value}")
+            if f.type is str and allowed and value not in allowed:
+                raise ValueError(f"expected {f.name} {', '.join(allowed)}, got {value}")
         gpu = torch.cuda.is_available()
-        if self.device == "auto":
-            self.device = "cuda" if gpu else "cpu"
-        if self.dtype == "auto":
-            native = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-            self.dtype = "float32" if self.device == "cpu" else "bfloat16" if native else "float16"
-        if self.device not in ("cpu", "cuda")[:1 + gpu]:
-            raise ValueError(f"expected device cpu, or cuda where there is one, got {self.device}")
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"expected dtype float32, bfloat16 or float16, got {self.dtype}")
+        if self.device == "cuda" and not gpu or self.tokenizer == "gpt2" and not self.data:
+            raise ValueError("--device cuda needs a GPU, and --tokenizer gpt2 needs --data")
+        self.tokenizer = self.tokenizer.replace("auto", "gpt2" if self.data else "toy")
+        self.device = self.device.replace("auto", "cuda" if gpu else "cpu")
+        half = "bfloat16" if gpu and torch.cuda.is_bf16_supported(False) else "float16"
+        self.dtype = self.dtype.replace("auto", "float32" if self.device == "cpu" else half)
 
 
 def fail(message):
@@ -79,54 +85,78 @@ def fail(message):
 
 
 def parse_config(arguments=None):
-    """The command line, made from Config's fields; one line and exit code 2 if it is wrong."""
-    parser = argparse.ArgumentParser(description="Train a small GPT: SFT, then DPO.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                                     allow_abbrev=False)
+    """The command line, made from Config's fields."""
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = fail
     for f in fields(Config):
-        parser.add_argument(f"--{f.name}", type=f.type, default=f.default, metavar="",
-                            help=f.metadata["help"])
-    try:
-        return Config(**vars(parser.parse_args(arguments)))
-    except ValueError as error:
-        fail(error)
+        kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "metavar": ""}
+        parser.add_argument(f"--{f.name}", default=f.default, help=f.metadata["help"], **kind)
+    return Config(**vars(parser.parse_args(arguments)))
 
 
 class Log:
-    """A table of progress on the terminal, and every metric in metrics.jsonl, one object a line."""
+    """The folder --out: metrics.jsonl, and state.pt, from which --resume goes on bit for bit.
 
-    def __init__(self, folder):
-        self.file = open(f"{folder}/metrics.jsonl", "w")
+    A state holds the weights, optimizer and scaler of each stage, the steps done, and the length of
+    metrics.jsonl. It needs no random state: what is random is drawn from generators made of the
+    seed when its stage begins, so that samples, labels and batches come out the same again.
+    """
+    signal = None  # the number of the signal that asked for an end, if one did
 
-    def start(self, stage, steps):
-        self.stage, self.steps, self.tokens, self.began = stage, steps, 0, time.perf_counter()
-        print("\n          step    loss accuracies  margins  logps/chosen rejected tokens/s  left")
+    def __init__(self, cfg):
+        os.makedirs(cfg.out, exist_ok=True)
+        self.path, self.every = f"{cfg.out}/state.pt", cfg.save_every
+        run = {k: v for k, v in asdict(cfg).items() if k not in ("out", "save_every", "resume")}
+        run |= {name: hashlib.sha256(pathlib.Path(run[name]).read_bytes()).hexdigest()
+                for name in ("data", "init") if run[name]}  # a file is known by its content
+        run["version"] = f"1 on torch {torch.__version__}"
+        self.state = {"run": run, "metrics": 0}
+        if cfg.resume and os.path.exists(self.path):
+            self.state = read(self.path)
+            for name, value in run.items():
+                saved = self.state.get("run", {}).get(name)
+                if saved != value:
+                    raise ValueError(f"{self.path}: made with {name} {saved}, this run has {value}")
+        elif os.path.exists(self.path):
+            os.remove(self.path)
+        self.file = open(f"{cfg.out}/metrics.jsonl", "ab", buffering=0)
+        if self.file.tell() < self.state["metrics"]:
+            raise ValueError(f"{self.file.name}: shorter than when {self.path} was written")
+        self.file.truncate(self.state["metrics"])
+
+    def start(self, stage, steps, **parts):
+        """Begin a stage, or put its parts where the state left them; returns the steps done."""
+        saved = self.state.get(stage, {"step": 0})
+        for name in parts.keys() & saved.keys():
+            parts[name].load_state_dict(saved[name])
+        self.stage, self.steps, self.parts, self.done = stage, steps, parts, saved["step"]
+        self.tokens, self.began = 0, time.perf_counter()
+        if saved["step"] < steps:
+            print("\n         step      loss  accuracy    margin    chosen  rejected tokens/s left")
+        return self.done
 
     def write(self, **metrics):
-        print(json.dumps(metrics), file=self.file, flush=True)
+        self.file.write((json.dumps(metrics) + "\n").encode())
 
     def step(self, step, metrics, tokens):
-        """One finished step: shown in place on a terminal, else ten times a stage."""
+        """A finished step: written, shown ten times a stage, the state saved when it is due."""
         self.write(stage=self.stage, step=step, **metrics)
         self.tokens += int(tokens)
-        seconds = time.perf_counter() - self.began
-        left = round(seconds / step * (self.steps - step))
-        line = "{:4}{:>10}".format(self.stage, f"{step}/{self.steps}")
-        for name, width in (("loss", 8), ("rewards/accuracies", 11), ("rewards/margins", 9),
-                            ("logps/chosen", 14), ("logps/rejected", 9)):
-            line += f"{metrics[name]:{width}.3f}" if name in metrics else " " * width
-        line += f"{self.tokens / seconds:9.0f}{left // 60:3}:{left % 60:02}"
-        if sys.stdout.isatty():
-            print("\r" + line, end="\n" if step == self.steps else "", flush=True)
-        elif step % max(1, self.steps // 10) == 0 or step == self.steps:
-            print(line, flush=True)
-
-
-def save(path, model):
-    """Write a checkpoint, whole or not at all."""
-    torch.save({"config": asdict(model.config), "model": model.state_dict()}, path + ".tmp")
-    os.replace(path + ".tmp", path)
+        if step % max(1, self.steps // 10) == 0 or step == self.steps:
+            seconds = time.perf_counter() - self.began
+            left = round(seconds / (step - self.done) * (self.steps - step))
+            print(f"{self.stage:4}{f'{step}/{self.steps}':>9}",
+                  *(f"{metrics[name]:9.3f}" if name in metrics else " " * 9 for name in COLUMNS),
+                  f"{self.tokens / seconds:8.0f}{left // 60:2}:{left % 60:02}", flush=True)
+        if step % self.every == 0 or step == self.steps or self.signal:
+            os.fsync(self.file.fileno())
+            parts = {name: part.state_dict() for name, part in self.parts.items()}
+            self.state |= {"metrics": self.file.tell(), self.stage: {"step": step, **parts}}
+            save(self.path, self.state)
+        if self.signal:
+            print(f"\nstopped after {self.stage} step {step}; --resume goes on from there")
+            sys.exit(128 + self.signal)
 
 
 def learning_rate(step, steps, peak):
@@ -134,84 +164,78 @@ def learning_rate(step, steps, peak):
     return peak * min((step + 1) / (0.1 * steps), 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
-def autocast(cfg):
-    """Matrix products run in cfg.dtype; weights, softmax and sums stay in float32."""
-    return torch.autocast(cfg.device, getattr(torch, cfg.dtype), enabled=cfg.dtype != "float32")
+def logps_of(model, examples, cfg):
+    """log π(y|x) of the K answers in each (prompt, answer, …) of a batch of ids: (B, K), nats.
 
-
-def logps_of(model, rows, cfg):
-    """log π(y|x) of a batch of (prompt ids, completion ids): (B,), nats, float32."""
-    tokens, mask = data.collate(rows, cfg.device)
-    with autocast(cfg):
-        return sequence_logps(model(tokens), tokens, mask)
+    Matrix products run in cfg.dtype; weights, softmax and sums stay in float32."""
+    with torch.autocast(cfg.device, getattr(torch, cfg.dtype), enabled=cfg.dtype != "float32"):
+        return model.answer_logps(*data.collate(examples, cfg.device))
 
 
 @torch.no_grad()
-def score(model, rows, cfg, batch_size=512):
-    """log π(y|x) of any number of rows, in their order and without gradient: (len(rows),)."""
-    return torch.cat([logps_of(model, rows[i:i + batch_size], cfg)
-                      for i in range(0, len(rows), batch_size)])
+def score(model, examples, cfg):
+    """log π(y|x) of any number of examples, in order and without gradient: (len(examples), K)."""
+    n = max(1, TOKENS_AT_ONCE // max(sum(map(len, example)) for example in examples))
+    return torch.cat([logps_of(model, examples[i:i + n], cfg) for i in range(0, len(examples), n)])
 
 
-def train_sft(model, rows, cfg, log):
-    """Maximum likelihood: minimise the mean of -log π(y|x) over the corpus; x is not scored."""
+def fit(model, examples, cfg, log, ref_logps=None):
+    """The training loop of both stages, which differ in nothing but the loss of an example:
+
+    SFT  (prompt, answer), -log π(y|x): maximum likelihood; the prompt is not scored
+    DPO  (prompt, chosen, rejected), Eq. 7; ref_logps (n, 2) holds the reference's of both answers
+    """
+    stage, steps, peak = (("SFT", cfg.sft_steps, cfg.sft_learning_rate) if ref_logps is None else
+                          ("DPO", cfg.steps, cfg.learning_rate))
     optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
     scaler = torch.amp.GradScaler(cfg.device, enabled=cfg.dtype == "float16")
-    lengths = np.array([len(x) + len(y) for x, y in rows])
-    log.start("SFT", cfg.sft_steps)
-    for step, batch in zip(range(cfg.sft_steps), data.batches(lengths, cfg.batch_size, cfg.seed)):
-        loss = -logps_of(model, [rows[i] for i in batch], cfg).mean()
-        optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.sft_steps, cfg.sft_learning_rate)
+    done = log.start(stage, steps, model=model, optimizer=optimizer, scaler=scaler)
+    lengths = np.array([sum(map(len, example)) for example in examples])
+    batches = itertools.islice(data.batches(lengths, cfg.batch_size, cfg.seed), done, steps)
+    for step, batch in enumerate(batches, done + 1):
+        optimizer.param_groups[0]["lr"] = learning_rate(step - 1, steps, peak)
         optimizer.zero_grad()
-        scaler.scale(loss).backward()
+        results = []
+        for part in np.array_split(batch, min(cfg.grad_accum, len(batch))):
+            logps = logps_of(model, [examples[i] for i in part], cfg)  # (b, K)
+            if stage == "SFT":
+                result = (-logps.squeeze(1),)
+            else:
+                result = *dpo_loss(*logps.T, *ref_logps[part].T, cfg.beta,
+                                   label_smoothing=cfg.label_smoothing), *logps.T
+            scaler.scale(result[0].sum() / len(batch)).backward()  # together: the batch's mean
+            results.append([value.detach() for value in result])
+        losses, *rest = (torch.cat(values) for values in zip(*results))
+        metrics = preference_metrics(losses, *rest) if rest else {"loss": losses.mean().item()}
         scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if not (math.isfinite(metrics["loss"]) and (scaler.is_enabled() or norm.isfinite())):
+            raise ValueError(f"{stage} step {step}: loss {metrics['loss']}, gradient {norm}; is "
+                             f"the learning rate too high? Its examples: {sorted(batch.tolist())}")
         scaler.step(optimizer)
         scaler.update()
-        log.step(step + 1, {"loss": loss.item()}, lengths[batch].sum())
+        log.step(step, metrics, lengths[batch].sum())
 
 
-def make_pairs(model, prompts, cfg, tokenizer, log):
+def sample(model, prompts, max_new_tokens, cfg, tokenizer):
+    """A completion y ~ π(·|x) of each prompt, the same ones whenever it is called."""
+    generator = torch.Generator(cfg.device).manual_seed(cfg.seed)
+    return model.sample(prompts, max_new_tokens, 1.0, tokenizer.eot_token, generator)
+
+
+def make_pairs(model, prompts, cfg, tokenizer):
     """Sample y1, y2 ~ π_SFT(·|x) and let the labeller choose: [(prompt, chosen, rejected)] ids."""
     texts = [prompts[i % len(prompts)] for i in range(cfg.pairs)]
     ids = [tokenizer.encode_ordinary(text) for text in texts]
-    generator = torch.Generator(cfg.device).manual_seed(cfg.seed)
-    options = data.MAX_NEW_TOKENS, 1.0, tokenizer.eot_token, generator
-    with autocast(cfg):
-        first, second = model.sample(ids, *options), model.sample(ids, *options)
-    rewards = np.array([[data.reward(x, data.decode(tokenizer, y)) for x, y in zip(texts, answers)]
-                        for answers in (first, second)])
+    answers = sample(model, ids + ids, data.MAX_NEW_TOKENS, cfg, tokenizer)
+    rewards = np.array([data.reward(x, data.decode(tokenizer, y))
+                        for x, y in zip(texts + texts, answers)]).reshape(2, -1)
     first_wins = data.prefers_first(*rewards, np.random.default_rng((cfg.seed, 2)))
-    pairs = [(x, y1, y2) if wins else (x, y2, y1)
-             for x, y1, y2, wins in zip(ids, first, second, first_wins) if y1 != y2]
-    identical, malformed = cfg.pairs - len(pairs), int((rewards == data.MALFORMED).any(0).sum())
-    log.write(stage="pairs", pairs=len(pairs), identical=identical, malformed=malformed)
-    print(f"\n{cfg.pairs:,} pairs: {identical} identical dropped, {malformed} hold malformed text")
+    pairs = [(x, y1, y2) if wins else (x, y2, y1) for x, y1, y2, wins in
+             zip(ids, answers, answers[cfg.pairs:], first_wins) if y1 != y2]
+    print(f"\n{cfg.pairs:,} pairs: {cfg.pairs - len(pairs)} identical dropped, "
+          f"{(rewards == data.MALFORMED).any(0).sum()} hold malformed text")
     return pairs
-
-
-def train_dpo(policy, pairs, ref_chosen_logps, ref_rejected_logps, cfg, log):
-    """Minimise the DPO loss over the pairs [(prompt, chosen, rejected)] (Eq. 7)."""
-    optimizer = torch.optim.AdamW(policy.parameters(), **ADAMW)
-    scaler = torch.amp.GradScaler(cfg.device, enabled=cfg.dtype == "float16")
-    lengths = np.array([2 * len(x) + len(y_w) + len(y_l) for x, y_w, y_l in pairs])
-    log.start("DPO", cfg.steps)
-    for step, batch in zip(range(cfg.steps), data.batches(lengths, cfg.batch_size, cfg.seed)):
-        chosen = [(x, y_w) for x, y_w, _ in (pairs[i] for i in batch)]
-        rejected = [(x, y_l) for x, _, y_l in (pairs[i] for i in batch)]
-        chosen_logps, rejected_logps = logps_of(policy, chosen + rejected, cfg).chunk(2)
-        losses, chosen_rewards, rejected_rewards = dpo_loss(
-            chosen_logps, rejected_logps, ref_chosen_logps[batch], ref_rejected_logps[batch],
-            cfg.beta, label_smoothing=cfg.label_smoothing)
-        optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.learning_rate)
-        optimizer.zero_grad()
-        scaler.scale(losses.mean()).backward()
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        scaler.step(optimizer)
-        scaler.update()
-        log.step(step + 1, preference_metrics(losses, chosen_rewards, rejected_rewards,
-                                              chosen_logps, rejected_logps), lengths[batch].sum())
 
 
 def outcome_logps(model, prompts, cfg, tokenizer):
@@ -222,79 +246,108 @@ def outcome_logps(model, prompts, cfg, tokenizer):
     return torch.cat([logps, rest], dim=-1)
 
 
-def evaluate(sft, policy, prompts, cfg, tokenizer):
-    """Exact figures of SFT, DPO and the limit at DPO's KL, under their names in metrics.jsonl."""
-    rewards = data.outcome_rewards(prompts)
+def report_exactly(sft, policy, prompts, cfg, tokenizer):
+    """Print and return the exact figures of SFT, DPO and the limit at DPO's KL."""
+    rewards, figures = data.outcome_rewards(prompts), {}
     ref_logps, dpo_logps = (outcome_logps(m, prompts, cfg, tokenizer) for m in (sft, policy))
     kl = data.exact_figures(dpo_logps, ref_logps, rewards)["kl"]
-    policies = {"sft": ref_logps, "dpo": dpo_logps, "limit": limit_logps(ref_logps, rewards, kl)}
-    figures = {f"report/{who}/{name}": value for who, logps in policies.items()
-               for name, value in data.exact_figures(logps, ref_logps, rewards).items()}
-    implicit = cfg.beta * (dpo_logps - ref_logps)
-    figures["report/implicit_reward_correlation"] = float(np.mean(
-        [np.corrcoef(i[:-1], r[:-1])[0, 1] for i, r in zip(implicit, rewards)]))
-    figures["report/accuracy"] = data.exact_accuracy(implicit, ref_logps, rewards)
-    figures["report/bayes_accuracy"] = data.exact_accuracy(rewards, ref_logps, rewards)
-    return figures
-
-
-def report(figures, sft, policy, prompts, cfg, tokenizer):
-    """Print the figures, then samples for three prompts before and after."""
     print(f"\n{len(prompts)} held-out prompts, exact: {len(data.REVIEWS):,} reviews and the rest\n"
-          "                           E[r]   KL, nats   well-formed   wins against SFT")
-    for name, who in ("SFT", "sft"), ("DPO", "dpo"), ("best policy at that KL", "limit"):
-        print("{:22}{:9.3f}{:11.3f}{:14.4f}{:19.3f}".format(
-            name, *(figures[f"report/{who}/{x}"] for x in ("reward", "kl", "valid", "win_rate"))))
-    before, dpo, limit = (figures[f"report/{who}/reward"] for who in ("sft", "dpo", "limit"))
-    correlation, accuracy, bayes = list(figures.values())[-3:]
-    print(f"\nDPO gains {(dpo - before) / (limit - before):.1%} of the possible. Implicit and true "
-          f"reward correlate at {correlation:.3f}.\nNoisy labels predicted: {accuracy:.1%}; at most "
-          f"{bayes:.1%}, by the true reward.")
-    generator = torch.Generator(cfg.device).manual_seed(cfg.seed)
-    options = data.MAX_NEW_TOKENS, 1.0, tokenizer.eot_token, generator
-    for prompt in prompts[::7]:
-        four = [tokenizer.encode_ordinary(prompt)] * 4
-        print(f"\n{prompt}\n    {'SFT':40}DPO")
-        for y_sft, y_dpo in zip(sft.sample(four, *options), policy.sample(four, *options)):
-            print(f"    {data.decode(tokenizer, y_sft)!r:40}{data.decode(tokenizer, y_dpo)!r}")
+          "           E[r]   KL, nats   well-formed   wins against SFT   labels predicted")
+    for name, logps in {"sft": ref_logps, "dpo": dpo_logps,
+                        "limit": limit_logps(ref_logps, rewards, kl)}.items():
+        row = data.exact_figures(logps, ref_logps, rewards)
+        row["accuracy"] = data.exact_accuracy(logps - ref_logps, ref_logps, rewards)
+        print("{:6}{:9.3f}{:11.3f}{:14.4f}{:19.3f}{:19.3f}".format(name.upper(), *row.values()))
+        figures |= {f"report/{name}/{figure}": value for figure, value in row.items()}
+    before, dpo, limit = (figures[f"report/{name}/reward"] for name in ("sft", "dpo", "limit"))
+    correlation = np.mean([np.corrcoef((dpo - ref)[:-1], r[:-1])[0, 1]
+                           for dpo, ref, r in zip(dpo_logps, ref_logps, rewards)])
+    gain = (dpo - before) / (limit - before)
+    print(f"LIMIT is the most possible at DPO's KL; DPO has {gain:.1%} of its gain over SFT.\n"
+          f"Implicit and true reward correlate at {correlation:.3f}.")
+    ids = [tokenizer.encode_ordinary(prompt) for prompt in prompts]
+    show_samples(sft, policy, ids, data.MAX_NEW_TOKENS, cfg, tokenizer)
+    return figures | {"report/implicit_reward_correlation": float(correlation)}
+
+
+def report_on_pairs(sft, policy, pairs, cfg, tokenizer):
+    """Print and return figures on held-out pairs, and KL(π‖π_ref) from a sample to each prompt of
+    the first 512, ± its standard error; texts are cut at the length of the longest answer."""
+    ref_logps, logps = score(sft, pairs, cfg), score(policy, pairs, cfg)  # (n, 2) each
+    figures = preference_metrics(*dpo_loss(*logps.T, *ref_logps.T, cfg.beta), *logps.T)
+    chosen_change, rejected_change = (logps - ref_logps).mean(0).tolist()
+    longest = max(len(y) for _, *answers in pairs for y in answers)
+    prompts = [prompt[longest - sft.config.block_size:] for prompt, _, _ in pairs[:512]]
+    samples = list(zip(prompts, sample(policy, prompts, longest, cfg, tokenizer)))
+    log_ratios = score(policy, samples, cfg) - score(sft, samples, cfg)
+    figures |= {"logps/chosen_change": chosen_change, "logps/rejected_change": rejected_change,
+                "kl": log_ratios.mean().item(),
+                "kl_error": log_ratios.std().item() / len(samples) ** 0.5}
+    print(f"\n{len(pairs)} held-out pairs; before DPO: loss 0.693, accuracies 0.5, the rest 0")
+    for name, value in figures.items():
+        print(f"    {name:22}{value:9.3f}")
+    show_samples(sft, policy, prompts, longest, cfg, tokenizer)
+    return {f"report/{name}": value for name, value in figures.items()}
+
+
+def show_samples(sft, policy, prompts, max_new_tokens, cfg, tokenizer):
+    """Print two answers each of SFT and DPO to three prompts."""
+    for prompt in prompts[:3]:
+        print(f"\n{tokenizer.decode(prompt)!r:.80}")
+        for name, model in ("SFT", sft), ("DPO", policy):
+            for y in sample(model, [prompt] * 2, max_new_tokens, cfg, tokenizer):
+                print(f"    {name} {data.decode(tokenizer, y)!r:.71}")
 
 
 def main(arguments=None):
     cfg = parse_config(arguments)
-    os.makedirs(cfg.out, exist_ok=True)
-    log = Log(cfg.out)
     torch.manual_seed(cfg.seed)
-    tokenizer = data.toy_tokenizer()
-    train_prompts, held_out_prompts = data.prompts()
+    tokenizer = data.get_tokenizer(cfg.tokenizer)
+    sft = GPT.load(cfg.init, tokenizer.n_vocab) if cfg.init else GPT(GPTConfig(
+        tokenizer.n_vocab, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd))
+    if cfg.data:
+        pairs, held_out, counts = data.split_pairs(
+            data.read_jsonl(cfg.data), tokenizer, min(cfg.block_size, sft.config.block_size),
+            cfg.held_out, cfg.seed)
+        corpus = [(prompt, chosen) for prompt, chosen, _ in pairs]
+        print("pairs:", *(f"{count:10,} {name}" for name, count in counts.items()), sep="\n")
+    else:
+        prompts, held_out = data.prompts()
+        reviews = data.corpus(prompts, cfg.reviews, np.random.default_rng((cfg.seed, 0)))
+        corpus = [data.encode(tokenizer, x, y) for x, y in reviews]
+    log = Log(cfg)
+    sft.to(cfg.device)
 
-    # 1. Supervised fine-tuning, from scratch: maximum likelihood on what people write.
-    corpus = data.corpus(train_prompts, cfg.reviews, np.random.default_rng((cfg.seed, 0)))
-    config = GPTConfig(tokenizer.n_vocab, n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.n_embd)
-    sft = GPT(config).to(cfg.device)
-    train_sft(sft, [data.encode(tokenizer, x, y) for x, y in corpus], cfg, log)
-    save(f"{cfg.out}/sft.pt", sft)
+    # 1. Supervised fine-tuning: maximum likelihood on what people write, or on what they preferred.
+    fit(sft, corpus, cfg, log)
+    save(f"{cfg.out}/sft.pt", {"config": asdict(sft.config), "model": sft.state_dict()})
 
     # 2. Preferences: two samples of that model to a prompt; a simulated, noisy human picks one.
-    pairs = make_pairs(sft, train_prompts, cfg, tokenizer, log)
+    pairs = pairs if cfg.data else make_pairs(sft, prompts, cfg, tokenizer)
 
-    # 3. The reference is the SFT model, frozen. Its log-probabilities are constants of the data, so
-    #    they are computed once, here, and not in every step.
-    ref_chosen_logps = score(sft, [(x, y_w) for x, y_w, _ in pairs], cfg)
-    ref_rejected_logps = score(sft, [(x, y_l) for x, _, y_l in pairs], cfg)
+    # 3. The reference is the SFT model. Its log-probabilities are constants: once is enough.
+    ref_logps = score(sft, pairs, cfg)
 
     # 4. DPO, on a copy.
     policy = copy.deepcopy(sft)
-    train_dpo(policy, pairs, ref_chosen_logps, ref_rejected_logps, cfg, log)
-    save(f"{cfg.out}/dpo.pt", policy)
+    fit(policy, pairs, cfg, log, ref_logps)
+    save(f"{cfg.out}/dpo.pt", {"config": asdict(policy.config), "model": policy.state_dict()})
 
-    # 5. What came out, against the truth.
-    figures = evaluate(sft, policy, held_out_prompts, cfg, tokenizer)
-    report(figures, sft, policy, held_out_prompts, cfg, tokenizer)
-    log.write(**figures)
+    # 5. What came out, on held-out prompts: in the toy world, against the truth.
+    report = report_on_pairs if cfg.data else report_exactly
+    log.write(**report(sft, policy, held_out, cfg, tokenizer))
+
+
+def interrupt(number, frame):
+    """Ctrl-C and SIGTERM ask for an end after the step at hand; a second one ends at once."""
+    Log.signal = number
+    signal.signal(number, signal.SIG_DFL)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         main()
-    except OSError as error:
-        fail(f"{error.filename or 'writing'}: {error.strerror}")
+    except (OSError, ValueError) as error:
+        fail(error)

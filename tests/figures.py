@@ -21,8 +21,8 @@ ROWS = (
     ("probability on well-formed reviews, DPO", lambda r: r["report/dpo/valid"]),
     ("win rate of DPO against SFT", lambda r: r["report/dpo/win_rate"]),
     ("correlation of implicit and true reward", lambda r: r["report/implicit_reward_correlation"]),
-    ("held-out preference accuracy", lambda r: r["report/accuracy"]),
-    ("the same as a share of the Bayes accuracy", lambda r: r["report/accuracy"] / r["report/bayes_accuracy"]),
+    ("held-out preference accuracy", lambda r: r["report/dpo/accuracy"]),
+    ("the same as a share of the Bayes accuracy", lambda r: r["report/dpo/accuracy"] / r["report/limit/accuracy"]),
     ("wall time, seconds", lambda r: r["seconds"]),
 )
 

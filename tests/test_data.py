@@ -2,6 +2,7 @@
 import collections
 import itertools
 import math
+import os
 
 import numpy as np
 import pytest
@@ -135,18 +136,23 @@ def test_decode_marks_a_completion_that_never_ended(tokenizer):
 
 def test_collate_draws_what_its_docstring_draws(tokenizer):
     rows = [data.encode(tokenizer, THRILLER, " tense superb"), data.encode(tokenizer, THRILLER, " dull dull dull")]
-    tokens, mask = data.collate(rows)
-    scored = tokenizer.decode(tokens[0][mask[0]].tolist())
-    assert scored == " tense superb<|endoftext|>"
-    assert mask.int().tolist() == [[0] * 7 + [1] * 3 + [0], [0] * 7 + [1] * 4]
-    assert tokens.dtype == torch.int64 and mask.dtype == torch.bool and tokens.shape == mask.shape == (2, 11)
+    tokens, positions, answers, sources = data.collate(rows)
+    assert tokenizer.decode(tokens[0][answers[0] > 0].tolist()) == " tense superb<|endoftext|>"
+    assert answers.tolist() == [[0] * 7 + [1] * 3 + [0], [0] * 7 + [1] * 4]
+    assert all(part.dtype == torch.int64 and part.shape == (2, 11) for part in (tokens, positions, sources))
+    x, y_w = rows[0]
+    tokens, positions, answers, sources = (part[0].tolist() for part in data.collate(
+        [(x, y_w, data.encode(tokenizer, "", " dull")[1]), (x, *[y_w + [0]] * 2)]))
+    assert positions[:12] == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 7, 8]
+    assert answers == [0] * 7 + [1] * 3 + [2] * 2 + [0] * 3
+    assert sources == [0] * 7 + [6, 7, 8] + [6, 10] + [0] * 3
 
 
 def test_the_mask_comes_from_lengths_and_not_from_ids():
     """Token 0 is padding here, and it may stand in a prompt or a completion all the same."""
-    tokens, mask = data.collate([([0, 0], [0, 5, 0]), ([1], [2])])
+    tokens, _, answers, _ = data.collate([([0, 0], [0, 5, 0]), ([1], [2])])
     assert tokens.tolist() == [[0, 0, 0, 5, 0], [1, 2, 0, 0, 0]]
-    assert mask.int().tolist() == [[0, 0, 1, 1, 1], [0, 1, 0, 0, 0]]
+    assert answers.tolist() == [[0, 0, 1, 1, 1], [0, 1, 0, 0, 0]]
 
 
 @pytest.mark.parametrize("n, batch_size", [(103, 10), (5, 8), (40, 10), (1, 1)])
@@ -170,3 +176,86 @@ def test_rows_of_like_length_meet_at_random():
     seen = np.concatenate(list(itertools.islice(data.batches(np.full(1000, 11), 100, seed=0), 10)))
     assert abs(np.corrcoef(seen, np.arange(1000))[0, 1]) < 0.1
     assert len(set(seen[:100] // 100)) == 10
+
+
+GOOD = b'{"prompt": "p", "chosen": "a", "rejected": "b"}\n'
+BAD = [  # a line, and what the error says of it after path:line:
+    (b"not json\n", "Expecting value"), (b"{'prompt': 'p'}\n", "Expecting property name"),
+    (GOOD[:-2] + b"\n", "Expecting ',' delimiter"), (b"[]\n", "expected a JSON object"),
+    (b'"text"\n', "expected a JSON object"), (b"null\n", "expected a JSON object"), (b"3\n", "expected a JSON object"),
+    (b"{}\n", "expected prompt to be text"), (b'{"prompt": "p", "chosen": "a"}\n', "expected rejected to be text"),
+    (b'{"Prompt": "p", "chosen": "a", "rejected": "b"}\n', "expected prompt to be text"),
+    (GOOD.replace(b'"p"', b"null"), "expected prompt to be text"), (GOOD.replace(b'"a"', b"7"), "expected chosen to be text"),
+    (GOOD.replace(b'"b"', b'["b"]'), "expected rejected to be text"),
+    (GOOD.replace(b'"a"', b'{"role": "user"}'), "expected chosen to be text"),
+    (GOOD.replace(b'"p"', b'""'), "expected prompt to be text, not empty"),
+    (GOOD.replace(b'"b"', b'" \\n "'), "expected rejected to be text, not empty"),
+    (GOOD.replace(b'"a"', b'"a\\u0000"'), "expected chosen to be text, not empty and without NUL"),
+    (GOOD.replace(b"a", b"\x00"), "Invalid control character"), (GOOD.replace(b"b", b"\xff", 1), "'utf-8' codec"),
+    (GOOD.replace(b'"a"', b'"\xc3"'), "'utf-8' codec"), (GOOD.replace(b'"a"', b'"\\x"'), "Invalid \\escape"),
+    (GOOD[:-1] * 2 + b"\n", "Extra data"), (b"[" * 100_000 + b"\n", "maximum recursion depth"),
+    (GOOD.replace(b'"a"', b"1" * 5000), "Exceeds the limit"), ("\u2028\n".encode(), "Expecting value"),
+]
+
+
+@pytest.mark.parametrize("line, message", BAD, ids=range(len(BAD)))
+def test_a_bad_line_is_named_by_file_and_number(tmp_path, line, message):
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(GOOD * 16 + line + GOOD)
+    with pytest.raises(ValueError) as refused:
+        data.read_jsonl(path)
+    assert str(refused.value).startswith(f"{path}:17: {message}") and "\n" not in str(refused.value)
+
+
+def test_a_file_without_pairs_is_refused_and_one_from_windows_is_read(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    for nothing in (b"", b"\n \n"):
+        path.write_bytes(nothing)
+        with pytest.raises(ValueError, match="pairs.jsonl: expected a pair"):
+            data.read_jsonl(path)
+    path.write_bytes(b"\xef\xbb\xbf" + GOOD.replace(b"\n", b"\r\n") + b"\r\n" + GOOD.replace(b"p\"", b"p\\u00e9\\ud800\"", 1)[:-1])
+    assert data.read_jsonl(path)[0] == ("p", "a", "b") and len(data.read_jsonl(path)) == 2
+    for missing in (tmp_path / "none", tmp_path):
+        with pytest.raises(OSError):
+            data.read_jsonl(missing)
+
+
+def test_prompts_are_held_out_with_all_of_their_pairs(tokenizer):
+    texts = [(f"p{i % 50}", f"a{i}", f"b{i}") for i in range(200)]
+    train, held_out, counts = data.split_pairs(texts, tokenizer, 64, 0.1, seed=0)
+    assert len(train) == counts["to train on"] == 180 and len(held_out) == counts["held out"] == 20
+    assert len({tuple(x) for x, _, _ in held_out}) == 5 and not {tuple(x) for x, _, _ in train} & {tuple(x) for x, _, _ in held_out}
+    assert data.split_pairs(texts, tokenizer, 64, 0.1, seed=0)[1] == held_out != data.split_pairs(texts, tokenizer, 64, 0.1, seed=1)[1]
+    assert all(y[-1] == tokenizer.eot_token for _, *both in train + held_out for y in both)
+    for share, prompts in ((1e-9, 1), (0.999, 49)):  # at least one prompt on either side
+        held_out = data.split_pairs(texts, tokenizer, 64, share, seed=0)[1]
+        assert len({tuple(x) for x, _, _ in held_out}) == prompts
+    with pytest.raises(ValueError, match="expected usable pairs of two prompts or more, got 1"):
+        data.split_pairs(texts[::50], tokenizer, 64, 0.1, seed=0)
+
+
+def test_long_pairs_are_cut_or_dropped_and_counted(tokenizer):
+    """Of 16 tokens an answer and its EOS may take 8; the prompt keeps the last of what is left."""
+    texts = [("0123456789", "abc", "de"), ("q", "a" * 7, "b"), ("q", "a" * 8, "b"), ("r" * 10, "a" * 7, "b"), ("q", "same", "same"),
+             ("q", "x", "y"), ("q", "x", "y"), ("q", "y", "x")]
+    train, held_out, counts = data.split_pairs(texts, tokenizer, 16, 1e-9, seed=0)
+    assert counts == {"to train on": len(train), "held out": len(held_out), "too long, dropped": 1,
+                      "identical, dropped": 1, "prompts cut": 1, "duplicate": 1, "contradictory": 1}
+    pairs = {tokenizer.decode(x): (x, y_w, y_l) for x, y_w, y_l in train + held_out}
+    assert set(pairs) == {"0123456789", "q", "r" * 8}
+    assert all(len(x) + max(len(y_w), len(y_l)) <= 16 for x, y_w, y_l in pairs.values())
+
+
+def test_the_pairs_kept_for_these_tests_are_clean(tokenizer):
+    texts = data.read_jsonl(os.path.join(os.path.dirname(__file__), "pairs.jsonl"))
+    counts = data.split_pairs(texts, tokenizer, 256, 0.1, seed=0)[2]
+    assert 190 <= len(texts) <= 210 and sum(counts.values()) == len(texts)
+
+
+def test_a_vocabulary_that_cannot_be_had_is_one_line_that_names_the_alternative(monkeypatch):
+    def offline(name):
+        raise ConnectionError("no network\nat all")
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    with pytest.raises(ValueError, match="the gpt2 vocabulary .* --tokenizer toy needs no download") as refused:
+        data.get_tokenizer("gpt2")
+    assert "\n" not in str(refused.value)

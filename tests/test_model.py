@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 import torch
 
+import data
+from dpo import sequence_logps
 from model import GPT, GPTConfig
 
 EOS = 10
@@ -109,7 +111,7 @@ def test_gpt_is_the_same_in_training_and_evaluation_and_draws_no_random_numbers(
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_temperature_0_takes_the_argmax_of_every_step_in_ragged_batches():
+def test_temperature_0_takes_the_argmax_of_every_step_in_ragged_batches(monkeypatch):
     """50 prompts of one to five tokens in one batch continue as each does alone, by hand."""
     model, rng, expected = tiny(), np.random.default_rng(0), []
     prompts = [rng.integers(10, size=n).tolist() for n in rng.integers(1, 6, 50)]
@@ -119,23 +121,18 @@ def test_temperature_0_takes_the_argmax_of_every_step_in_ragged_batches():
             row.append(model(torch.tensor([row]))[0, -1].argmax().item())
         expected.append(row)
     assert len({tuple(row[-3:]) for row in expected}) > 5  # the prompts do matter
-    batch = torch.zeros(50, 5, dtype=torch.long)
-    for i, prompt in enumerate(prompts):
-        batch[i, :len(prompt)] = torch.tensor(prompt)
-    tokens, ends = model.generate(batch, torch.tensor([len(p) for p in prompts]), 6, 0, EOS)
-    assert [row[:end] for row, end in zip(tokens.tolist(), ends.tolist())] == expected
     completions = [row[len(p):] for p, row in zip(prompts, expected)]
-    assert model.sample(prompts, 6, 0, EOS, batch_size=7) == completions
+    assert model.sample(prompts, 6, 0, EOS) == completions
+    monkeypatch.setattr("model.TOKENS_AT_ONCE", 80)
+    assert model.sample(prompts, 6, 0, EOS) == completions
 
 
-def test_a_row_stops_at_eos_and_holds_nothing_but_eos_after_it():
-    model = tiny()
-    generator = torch.Generator().manual_seed(0)
-    tokens, ends = model.generate(torch.full((200, 2), 3), torch.full((200,), 2), 9, 1.0, EOS, generator)
-    assert 2 < ends.min() and ends.max() == 11 and len(ends.unique()) > 4
-    for row, end in zip(tokens.tolist(), ends.tolist()):
-        assert EOS not in row[2:end - 1] and set(row[end:]) <= {EOS}
-        assert row[end - 1] == EOS or end == 11
+def test_a_completion_stops_at_eos_or_at_the_limit():
+    completions = tiny().sample([[3, 3]] * 200, 9, 1.0, EOS, torch.Generator().manual_seed(0))
+    lengths = {len(y) for y in completions}
+    assert min(lengths) >= 1 and max(lengths) == 9 and len(lengths) > 4
+    for y in completions:
+        assert EOS not in y[:-1] and (y[-1] == EOS or len(y) == 9)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
@@ -144,14 +141,13 @@ def test_samples_follow_the_models_probabilities(temperature):
     model = tiny()
     generator = torch.Generator().manual_seed(1)
     n = 20_000
-    tokens, _ = model.generate(torch.full((n, 1), 3), torch.ones(n, dtype=torch.long), 2,
-                               temperature, EOS, generator)
+    tokens = torch.tensor([(y + [EOS])[:2] for y in model.sample([[3]] * n, 2, temperature, EOS, generator)])
     with torch.no_grad():
         first = (model(torch.tensor([[3]]))[0, -1] / temperature).softmax(-1)
         second = (model(torch.tensor([[3, a] for a in range(11)]))[:, -1] / temperature).softmax(-1)
     second[EOS] = torch.eye(11, dtype=torch.float64)[EOS]  # after EOS comes EOS
     expected = n * (first[:, None] * second).flatten()
-    counts = torch.bincount(tokens[:, 1] * 11 + tokens[:, 2], minlength=121)
+    counts = torch.bincount(tokens[:, 0] * 11 + tokens[:, 1], minlength=121)
     assert counts[expected == 0].sum() == 0
     common = expected >= 5
     chi2 = ((counts - expected) ** 2 / expected)[common].sum().item()
@@ -165,6 +161,86 @@ def test_sampling_repeats_by_its_generator_and_leaves_the_global_one_alone():
     model.train()
     assert draw(0) == draw(0) != draw(1)
     assert torch.equal(torch.get_rng_state(), state) and model.training
+
+
+def test_answers_beside_one_prompt_score_as_in_rows_of_their_own():
+    """answer_logps on a packed row against sequence_logps on plain ones, gradients too, for one to
+    three answers a prompt and rows of different lengths."""
+    model, rng = tiny(), np.random.default_rng(0)
+    draw = lambda low, high: rng.integers(11, size=rng.integers(low, high)).tolist()
+    for K in (1, 2, 3):
+        examples = [(draw(1, 6), *(draw(1, 7) for _ in range(K))) for _ in range(9)]
+        packed = model.answer_logps(*data.collate(examples))
+        plain = []
+        for prompt, *answers in examples:
+            for y in answers:
+                tokens, mask = torch.tensor([prompt + y]), torch.tensor([[False] * len(prompt) + [True] * len(y)])
+                plain.append(sequence_logps(model(tokens), tokens, mask))
+        plain = torch.cat(plain).view(9, K)
+        assert packed.shape == (9, K) and torch.allclose(packed, plain, atol=1e-10)
+        weights = torch.randn(9, K, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        gradients = [torch.autograd.grad((weights * logps).sum(), list(model.parameters()), retain_graph=True)
+                     for logps in (packed, plain)]
+        assert all(torch.allclose(a, b, atol=1e-10) for a, b in zip(*gradients))
+
+
+def test_logits_in_parts_give_the_same_log_probabilities_and_gradients(monkeypatch):
+    model, results = tiny(), []
+    batch = data.collate([([1, 2], [3, 4, EOS], [5, EOS]), ([1], [2, EOS], [3, 3, 3, EOS])])
+    for at_once in (2**26, 30, 1):  # all eleven positions, two of them, one
+        monkeypatch.setattr("model.LOGITS_AT_ONCE", at_once)
+        logps = model.answer_logps(*batch)
+        results.append([logps, *torch.autograd.grad(logps.sum(), list(model.parameters()))])
+    for parts in results[1:]:
+        assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-11) for a, b in zip(results[0], parts))
+
+
+def gpt2_weights(model):
+    """The weights of a model under GPT-2's published names and in its published layout."""
+    weights = {}
+    for name, w in model.state_dict().items():
+        transposed = name.split(".")[-2] in ("c_attn", "c_proj", "c_fc") and name.endswith("weight")
+        weights[name] = w.T.contiguous() if transposed else w
+    T = model.config.block_size
+    for i in range(model.config.n_layer):
+        weights[f"h.{i}.attn.bias"] = torch.ones(T, T).tril().view(1, 1, T, T)
+        weights[f"h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
+    return weights
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+def test_gpt2s_published_weights_give_gpt2s_logits(prefix, tmp_path):
+    """Read from a file by load: the shapes alone tell the size, heads have 64 channels."""
+    model = tiny(torch.float32, vocab_size=50, n_embd=128, n_layer=3, block_size=20)
+    weights = {prefix + name: w for name, w in gpt2_weights(model).items()}
+    if prefix:
+        weights["lm_head.weight"] = model.wte.weight
+    for legacy in (False, True):  # OpenAI's files are older than torch's zip format
+        torch.save(weights, tmp_path / "w.bin", _use_new_zipfile_serialization=not legacy)
+        loaded = GPT.load(tmp_path / "w.bin", 50)
+        assert loaded.config == model.config and loaded.config.n_head == 2
+        tokens = torch.randint(50, (4, 20), generator=torch.Generator().manual_seed(0))
+        assert torch.equal(loaded(tokens), model(tokens))
+
+
+def test_from_gpt2_takes_other_heads_by_name():
+    model = tiny(n_head=4)
+    assert torch.equal(GPT.from_gpt2(gpt2_weights(model), n_head=4).double()(torch.tensor([[1, 2]])),
+                       model.float().double()(torch.tensor([[1, 2]])))
+
+
+def test_weights_that_are_not_gpt2s_are_refused_in_one_line(tmp_path):
+    weights, path = gpt2_weights(tiny(torch.float32)), tmp_path / "w.bin"
+    missing, odd = dict(weights), dict(weights)
+    del missing["h.1.ln_2.bias"]
+    odd["h.0.mlp.c_fc.weight"] = torch.zeros(3, 3)
+    for wrong in (missing, odd, {}, [1, 2], torch.zeros(3), {"config": {"n": 1}}, {"config": 3, "model": {}}):
+        torch.save(wrong, path)
+        with pytest.raises(ValueError, match="w.bin: not the weights of a GPT or of GPT-2"):
+            GPT.load(path, 11)
+    torch.save(weights, path)
+    with pytest.raises(ValueError, match="w.bin: expected a vocabulary of 299, the tokenizer's, got 11"):
+        GPT.load(path, 299)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

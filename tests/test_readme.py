@@ -29,10 +29,10 @@ def test_the_loss_on_the_first_screen_is_the_loss_of_dpo_py():
 def test_the_snippet_to_copy_runs_and_starts_at_ln_2():
     tokenizer = data.toy_tokenizer()
     prompt = "Last night we saw a thriller:"
-    tokens, mask = data.collate([data.encode(tokenizer, prompt, y) for y in (" tense superb", " dull")])
+    tokens, _, answers, _ = data.collate([data.encode(tokenizer, prompt, y) for y in (" tense superb", " dull")])
     model = GPT(GPTConfig(tokenizer.n_vocab))
     shown = {"torch": torch, "sequence_logps": dpo.sequence_logps, "dpo_loss": dpo.dpo_loss, "tokens": tokens,
-             "mask": mask, "policy": model, "reference": model}
+             "mask": answers > 0, "policy": model, "reference": model}
     exec(SNIPPETS[1], shown)
     assert shown["losses"].item() == pytest.approx(0.693, abs=1e-3)
     assert model.wte.weight.grad.abs().max() > 0
@@ -43,12 +43,13 @@ def test_the_file_map_has_the_files_and_their_lines():
     assert set(rows) == {"dpo.py", "model.py", "data.py", "train.py"}
     for name, lines in rows.items():
         with open(os.path.join(ROOT, name), encoding="utf-8") as file:
-            assert file.read().count("\n") == int(lines), f"{name}: the README says {lines} lines"
+            count = sum(bool(line.strip()) for line in file)  # code, docstrings and comments
+        assert count == int(lines), f"{name}: the README says {lines} lines, it has {count}"
 
 
 def test_every_flag_in_the_readme_exists():
     import train
-    flags = set(re.findall(r"--(\w+)", README))
+    flags = set(re.findall(r"(?<!\w)--(\w+)", README)) - {"slow", "against", "story"}  # these are of the tests
     assert flags and flags <= {f.name for f in train.fields(train.Config)}
 
 

@@ -93,7 +93,8 @@ def test_the_gradient_is_the_papers_on_a_real_gpt(beta):
     model = GPT(GPTConfig(vocab_size=13, block_size=9, n_layer=2, n_head=2, n_embd=8)).double()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.4)
-    tokens, mask = data.collate([([1, 2, 3], [4, 5, 12]), ([1, 2, 3], [6, 12])])
+    tokens, _, answers, _ = data.collate([([1, 2, 3], [4, 5, 12]), ([1, 2, 3], [6, 12])])
+    mask = answers > 0
     ref = tensor(-7.0, -6.5)
     parameters = list(model.parameters())
     def gradient(value):
@@ -142,8 +143,8 @@ def test_scoring_the_prompt_too_leaves_the_loss_alone_under_a_sum():
                    for _ in range(2))
     for p in [*policy.parameters(), *ref.parameters()]:
         torch.nn.init.normal_(p, std=0.4)
-    tokens, mask = data.collate([([1, 2, 3], [4, 5, 7, 12]), ([1, 2, 3], [6, 12])])
-    whole = mask.clone()
+    tokens, _, answers, _ = data.collate([([1, 2, 3], [4, 5, 7, 12]), ([1, 2, 3], [6, 12])])
+    mask, whole = answers > 0, answers > 0
     whole[:, 1:3] = True
     def loss(mask, mean):
         count = mask.sum(-1) if mean else 1
@@ -215,17 +216,16 @@ def trained():
     """SFT and DPO policies of the toy world after a short training, as (2, 1885) log-probabilities
     of all outcomes on two held-out prompts, and the outcomes' true rewards."""
     class Log:
-        start = step = write = lambda *arguments, **metrics: None
+        start, step = (lambda *arguments, **parts: 0 for _ in range(2))
     cfg = train.Config(sft_steps=150, steps=80, pairs=2000, reviews=2000, device="cpu")
     torch.manual_seed(0)
     tokenizer, (prompts, held_out) = data.toy_tokenizer(), data.prompts()
     corpus = data.corpus(prompts, cfg.reviews, np.random.default_rng(0))
     sft = GPT(GPTConfig(tokenizer.n_vocab))
-    train.train_sft(sft, [data.encode(tokenizer, x, y) for x, y in corpus], cfg, Log())
-    pairs = train.make_pairs(sft, prompts, cfg, tokenizer, Log())
-    ref = [train.score(sft, [(p[0], p[k]) for p in pairs], cfg) for k in (1, 2)]
+    train.fit(sft, [data.encode(tokenizer, x, y) for x, y in corpus], cfg, Log())
+    pairs = train.make_pairs(sft, prompts, cfg, tokenizer)
     policy = copy.deepcopy(sft)
-    train.train_dpo(policy, pairs, *ref, cfg, Log())
+    train.fit(policy, pairs, cfg, Log(), train.score(sft, pairs, cfg))
     outcomes = [train.outcome_logps(m, held_out[:2], cfg, tokenizer) for m in (sft, policy)]
     return *outcomes, data.outcome_rewards(held_out[:2])
 
