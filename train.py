@@ -31,7 +31,7 @@ from model import GPT, TOKENS_AT_ONCE, GPTConfig, read, save
 ADAMW = {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}
 COLUMNS = "loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected"
 
-def option(default, help, *allowed):  # two numbers, from and below; or words
+def option(default, help, *allowed):  # the lowest value and what it must stay below; or words
     return field(default=default, metadata={"help": help, "allowed": allowed})
 
 
@@ -98,10 +98,9 @@ def parse_config(arguments=None):
 class Log:
     """The folder --out: metrics.jsonl, and state.pt, from which --resume goes on bit for bit.
 
-    A state holds the weights, optimizer and scaler of each stage, the steps done, and the length of
-    metrics.jsonl. It needs no random state: what is random is drawn from generators made of the
-    seed when its stage begins, so that samples, labels and batches come out the same again.
-    """
+    A state is weights, optimizer, scaler, steps of each stage and the length of metrics.jsonl, but
+    no random state: what is random is drawn from generators made of the seed when its stage begins,
+    so that samples, labels and batches come out the same again."""
     signal = None  # the number of the signal that asked for an end, if one did
 
     def __init__(self, cfg):
@@ -151,7 +150,8 @@ class Log:
                   f"{self.tokens / seconds:8.0f}{left // 60:2}:{left % 60:02}", flush=True)
         if step % self.every == 0 or step == self.steps or self.signal:
             os.fsync(self.file.fileno())
-            parts = {name: part.state_dict() for name, part in self.parts.items()}
+            parts = {name: part.state_dict() for name, part in self.parts.items()
+                     if name == "model" or step < self.steps}  # of a finished stage the weights
             self.state |= {"metrics": self.file.tell(), self.stage: {"step": step, **parts}}
             save(self.path, self.state)
         if self.signal:
@@ -271,19 +271,19 @@ def report_exactly(sft, policy, prompts, cfg, tokenizer):
 
 
 def report_on_pairs(sft, policy, pairs, cfg, tokenizer):
-    """Print and return figures on held-out pairs, and KL(π‖π_ref) from a sample to each prompt of
-    the first 512, ± its standard error; texts are cut at the length of the longest answer."""
+    """Print and return figures on held-out pairs, and KL(π‖π_ref) from a sample to each prompt (512
+    at most) with its standard error; texts are cut at the length of the longest answer."""
     ref_logps, logps = score(sft, pairs, cfg), score(policy, pairs, cfg)  # (n, 2) each
     figures = preference_metrics(*dpo_loss(*logps.T, *ref_logps.T, cfg.beta), *logps.T)
     chosen_change, rejected_change = (logps - ref_logps).mean(0).tolist()
-    longest = max(len(y) for _, *answers in pairs for y in answers)
-    prompts = [prompt[longest - sft.config.block_size:] for prompt, _, _ in pairs[:512]]
+    longest, T = max(len(y) for _, *answers in pairs for y in answers), sft.config.block_size
+    prompts = [*map(list, dict.fromkeys(tuple(x[longest - T:]) for x, _, _ in pairs))][:512]
     samples = list(zip(prompts, sample(policy, prompts, longest, cfg, tokenizer)))
     log_ratios = score(policy, samples, cfg) - score(sft, samples, cfg)
     figures |= {"logps/chosen_change": chosen_change, "logps/rejected_change": rejected_change,
                 "kl": log_ratios.mean().item(),
-                "kl_error": log_ratios.std().item() / len(samples) ** 0.5}
-    print(f"\n{len(pairs)} held-out pairs; before DPO: loss 0.693, accuracies 0.5, the rest 0")
+                "kl_error": log_ratios.std(correction=0).item() / max(1, len(samples) - 1) ** 0.5}
+    print(f"\n{len(pairs)} held-out pairs (before DPO: loss 0.693, accuracies 0.5, margins 0)")
     for name, value in figures.items():
         print(f"    {name:22}{value:9.3f}")
     show_samples(sft, policy, prompts, longest, cfg, tokenizer)

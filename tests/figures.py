@@ -22,7 +22,7 @@ ROWS = (
     ("win rate of DPO against SFT", lambda r: r["report/dpo/win_rate"]),
     ("correlation of implicit and true reward", lambda r: r["report/implicit_reward_correlation"]),
     ("held-out preference accuracy", lambda r: r["report/dpo/accuracy"]),
-    ("the same as a share of the Bayes accuracy", lambda r: r["report/dpo/accuracy"] / r["report/limit/accuracy"]),
+    ("held-out preference accuracy as a share of the Bayes accuracy", lambda r: r["report/dpo/accuracy"] / r["report/limit/accuracy"]),
     ("wall time, seconds", lambda r: r["seconds"]),
 )
 
