@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Text and pairs: a tokenizer, the toy world of three-word reviews, and batches.
+"""Text and pairs: tokenizers, the toy world and its exact figures, pairs from a file, batches.
 
-The toy world is small enough to check every number exactly. A prompt names a genre in one of 25
-phrasings, a completion is one to three adjectives and EOS, and the true reward is the sum of the
-adjectives' worth in that genre:
+In the toy world a prompt names a genre in one of 25 phrasings, a completion is a review of one to
+three adjectives, and its true reward is the sum of their worth in that genre:
 
-    prompt       "Last night we saw a thriller:"
-    completion   " tense clever superb"               2 + 2 + 2 = 6
+    "Last night we saw a thriller:" " tense clever superb"    2 + 2 + 2 = 6
 
-That makes 12 + 144 + 1,728 = 1,884 completions a prompt, so expectations and divergences are sums
-over all of them. Anything else a model writes is malformed and worth less than the worst review.
+That makes 12 + 144 + 1,728 = 1,884 reviews a prompt, few enough to list: expectations, divergences
+and the optimum are sums, not estimates. All malformed text together is outcome number 1,885.
 """
 import collections
 import itertools
@@ -19,6 +17,7 @@ import math
 import numpy as np
 import tiktoken
 import torch
+import torch.nn.functional as F
 
 GENRES = ("comedy", "thriller", "romance", "documentary")
 WORTH = {  # of each adjective in each of the genres above
@@ -43,19 +42,23 @@ TYPICAL = {  # adjectives that people use three times as often as the others, go
     "romance": ("tender", "silly", "slow"),
     "documentary": ("honest", "slow", "dull"),
 }
-LENGTHS = (0.2, 0.3, 0.5)  # share of the reviews that have one, two and three words
+LENGTHS = (0.2, 0.3, 0.5)  # fractions of the corpus that have one, two and three words
 OPENINGS = ("Last night", "On Friday", "After dinner", "With friends", "At home")
 VERBS = ("we saw a", "I watched a", "they showed a", "she chose a", "you missed a")
 
 REVIEWS = ["".join(" " + word for word in words)
            for n in (1, 2, 3) for words in itertools.product(WORTH, repeat=n)]
+WELL_FORMED = frozenset(REVIEWS)
+FIGURES = {  # of exact_figures, as a report prints them
+    "reward": "E[r]", "kl": "KL(π‖π_ref), nats", "objective": "E[r] - β KL(π‖π_ref)",
+    "valid": "P(well-formed)", "win_rate": "P(worth more than π_ref's)",
+    "accuracy": "labels predicted", "loss": "DPO loss, nats", "margin": "implicit reward margin",
+    "chosen_change": "Δ log π(chosen), nats", "rejected_change": "Δ log π(rejected), nats"}
 
 
 def prompts():
-    """All prompts, as (80 to train on, 20 held out): one phrasing in five is never trained on.
-
-    Every opening and every verb occurs in training; the held-out combinations of the two do not.
-    """
+    """All prompts, (80 to train on, 20 held out). Of a held-out phrasing training sees both parts,
+    the opening and the verb, but never together."""
     train, held_out = [], []
     for i, opening in enumerate(OPENINGS):
         for j, verb in enumerate(VERBS):
@@ -83,10 +86,10 @@ def reward(prompt, completion):
 
     Worked value: " tense clever superb" is worth 6 of a thriller and 2 of a comedy.
     """
-    words = completion.split()
-    if completion not in REVIEWS:
+    if completion not in WELL_FORMED:
         return MALFORMED
-    return sum(WORTH[word][GENRES.index(genre(prompt))] for word in words)
+    g = GENRES.index(genre(prompt))
+    return sum(WORTH[word][g] for word in completion.split())
 
 
 def prefers_first(first_rewards, second_rewards, rng):
@@ -96,34 +99,30 @@ def prefers_first(first_rewards, second_rewards, rng):
 
 
 def outcome_rewards(prompts):
-    """(X, 1885) float64: the true reward of all that can happen, the 1,884 reviews and, last, the
-    rest, which is malformed. With log-probabilities in the same layout every mean is exact."""
+    """(X, 1885) float64: true rewards of the 1,884 reviews and, last, of malformed text."""
     return torch.tensor([[reward(x, y) for y in REVIEWS] + [MALFORMED] for x in prompts]).double()
 
 
-def exact_figures(logps, ref_logps, rewards):
-    """Means over the prompts of E[r], KL(π‖π_ref) in nats, the probability of well-formed reviews,
-    and the win rate: the chance that y ~ π is worth more than y' ~ π_ref, where a tie counts ½.
-    All malformed text is one outcome, so the KL is a lower bound of that between texts."""
-    p, ref = logps.exp(), ref_logps.exp()
-    wins = [p_x @ ((r[:, None] - r).sign() + 1) @ ref_x / 2
-            for p_x, ref_x, r in zip(p, ref, rewards)]
-    return {"reward": (p * rewards).sum(-1).mean().item(),
-            "kl": (p * (logps - ref_logps)).sum(-1).mean().item(),
-            "valid": p[:, :-1].sum(-1).mean().item(),
-            "win_rate": torch.stack(wins).mean().item()}
+def exact_figures(logps, ref_logps, rewards, beta):
+    """What a policy is worth, from log-probabilities and rewards of all outcomes, (X, K) each.
 
-
-def exact_accuracy(scores, ref_logps, rewards):
-    """Share of the noisy labels on two different y ~ π_ref that scores (X, 1885) predict.
-
-    With the true rewards as scores it is the Bayes accuracy: no scores can predict more."""
-    right = total = 0.0
-    for s, p, r in zip(scores, ref_logps.exp(), rewards):
-        pair = (p[:, None] * p).fill_diagonal_(0)  # (1885, 1885), each pair in both orders
-        right += (pair * ((s[:, None] - s).sign() + 1) * torch.sigmoid(r[:, None] - r)).sum().item()
-        total += pair.sum().item()
-    return right / total
+    Means over y ~ π: reward, kl (a lower bound of that between texts, as malformed text is one
+    outcome), objective (Eq. 3), valid, win_rate against y' ~ π_ref (a tie counts ½). The rest are
+    means over pairs of two different y, y' ~ π_ref with noisy labels (Eq. 1), as in training.
+    """
+    p, ref, changes = logps.exp(), ref_logps.exp(), logps - ref_logps
+    reward, kl = (p * rewards).sum(-1).mean().item(), (p * changes).sum(-1).mean().item()
+    wins = total = means = 0
+    for p_x, ref_x, change, r in zip(p.float(), ref.float(), changes.float(), rewards.float()):
+        gaps = r[:, None] - r  # (K, K): row over column
+        wins += p_x @ (gaps.sign() + 1) @ ref_x / 2 / len(p)
+        weights = (ref_x[:, None] * ref_x * gaps.sigmoid()).fill_diagonal_(0)  # row is chosen
+        margins = beta * (change[:, None] - change)
+        total += weights.sum()
+        means += torch.stack([(weights * value).sum() for value in (
+            (margins.sign() + 1) / 2, -F.logsigmoid(margins), margins, change[:, None], change)])
+    values = (reward, kl, reward - beta * kl, p[:, :-1].sum(-1).mean(), wins, *(means / total))
+    return {name: float(value) for name, value in zip(FIGURES, values)}
 
 
 def toy_tokenizer():
@@ -141,7 +140,7 @@ def toy_tokenizer():
 
 
 def get_tokenizer(name):
-    """"toy", or one of tiktoken's, which are downloaded at first use."""
+    """The tokenizer "toy", or one of tiktoken's, which are downloaded at first use."""
     try:
         return toy_tokenizer() if name == "toy" else tiktoken.get_encoding(name)
     except OSError:
@@ -150,13 +149,10 @@ def get_tokenizer(name):
 
 
 def encode(tokenizer, prompt, completion):
-    """The ids of a prompt, and those of its completion with EOS: two lists.
-
-    They are encoded apart, because a merge across their border would shorten the completion.
-    Text that spells "<|endoftext|>" stays text.
-    """
-    return (tokenizer.encode_ordinary(prompt),
-            tokenizer.encode_ordinary(completion) + [tokenizer.eot_token])
+    """The ids of a prompt, and those of its completion with EOS: two lists. They are encoded apart,
+    because a merge across their border would shorten the completion."""
+    ids = tokenizer.encode_ordinary  # in which text that spells "<|endoftext|>" stays text
+    return ids(prompt), ids(completion) + [tokenizer.eot_token]
 
 
 def decode(tokenizer, completion):
@@ -171,7 +167,7 @@ def read_jsonl(path):
 
     Raises ValueError, "path:line: what is wrong", at the first bad line. Skips blank lines.
     """
-    pairs, keys = [], ("prompt", "chosen", "rejected")
+    pairs = []
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -180,81 +176,86 @@ def read_jsonl(path):
                 pair = json.loads(line.decode("utf-8-sig"))
                 if not isinstance(pair, dict):
                     raise ValueError("expected a JSON object")
-                for key in keys:
-                    text = pair.get(key)
-                    if not isinstance(text, str) or not text.strip() or "\0" in text:
-                        raise ValueError(f"expected {key} to be text, not empty and without NUL")
+                for key in "prompt", "chosen", "rejected":
+                    if not isinstance(pair.get(key), str) or "\0" in pair[key]:
+                        raise ValueError(f"expected {key} to be text without NUL")
+                if not pair["prompt"].strip():
+                    raise ValueError("expected prompt not to be empty")
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}:{number}: {error}") from None
-            pairs.append(tuple(pair[key] for key in keys))
+            pairs.append((pair["prompt"], pair["chosen"], pair["rejected"]))
     if not pairs:
         raise ValueError(f"{path}: expected a pair, got an empty file")
     return pairs
 
 
 def split_pairs(texts, tokenizer, block_size, held_out, seed):
-    """[(prompt, chosen, rejected)], as texts -> as ids, (to train on, held out, counts).
+    """[(prompt, chosen, rejected)] in text -> the same in ids, (to train on, held out, counts).
 
-    A share held_out of the prompts is held out, each with all of its pairs. A pair is dropped if an
-    answer takes more than half of block_size, or if its answers are the same: that teaches nothing.
-    Prompts lose their first tokens where the longer answer would not fit. Duplicates and
-    contradictions are counted and kept: people repeat themselves and disagree.
+    Dropped: pairs with an empty completion, with two identical ones, or with one longer than half
+    of block_size. A prompt that does not fit loses its first tokens. A fraction held_out of the
+    prompts is held out, each with all of its pairs; prompts are one if they end in the same tokens,
+    half of block_size of them, which every cut leaves. Repetitions and contradictions stay in.
     """
     pairs, seen, counts = [], set(), collections.Counter()
     for x, y_w, y_l in texts:
         (prompt, chosen), (_, rejected) = (encode(tokenizer, x, y) for y in (y_w, y_l))
         room = block_size - max(len(chosen), len(rejected))
-        counts["identical, dropped"] += chosen == rejected
-        counts["too long, dropped"] += room < block_size / 2 and chosen != rejected
-        if chosen != rejected and room >= block_size / 2:
-            counts["prompts cut"] += len(prompt) > room
-            counts["duplicate"] += (x, y_w, y_l) in seen
-            counts["contradictory"] += (x, y_l, y_w) in seen
+        if not y_w.strip() or not y_l.strip():
+            counts["with an empty completion, dropped"] += 1
+        elif chosen == rejected:
+            counts["with identical completions, dropped"] += 1
+        elif room < block_size / 2:
+            counts["with too long a completion, dropped"] += 1
+        else:
+            counts["with a prompt that was cut"] += len(prompt) > room
+            counts["that repeat an earlier pair"] += (x, y_w, y_l) in seen
+            counts["that contradict an earlier pair"] += (x, y_l, y_w) in seen
             seen.add((x, y_w, y_l))
-            pairs.append((x, (prompt[-room:], chosen, rejected)))
-    prompts = sorted({x for x, _ in pairs})
-    if len(prompts) < 2:
-        raise ValueError(f"expected usable pairs of two prompts or more, got {len(prompts)}")
-    order = np.random.default_rng(seed).permutation(len(prompts))
-    count = min(math.ceil(held_out * len(prompts)), len(prompts) - 1)
-    out = {prompts[i] for i in order[:count]}
-    train, test = ([pair for x, pair in pairs if (x in out) == side] for side in (False, True))
+            pairs.append((prompt[-room:], chosen, rejected))
+    ends = [tuple(prompt[-(block_size // 2):]) for prompt, _, _ in pairs]
+    prompts, needed = sorted(set(ends)), 2 if held_out else 1
+    if len(prompts) < needed:
+        raise ValueError(f"expected usable pairs of {needed} prompts or more, got {len(prompts)}")
+    n = min(math.ceil(held_out * len(prompts)), len(prompts) - 1)
+    out = {prompts[i] for i in np.random.default_rng(seed).permutation(len(prompts))[:n]}
+    train, test = ([pair for pair, end in zip(pairs, ends) if (end in out) == side]
+                   for side in (False, True))
     return train, test, {"to train on": len(train), "held out": len(test)} | counts
 
 
 def collate(examples, device="cpu"):
-    """[(prompt ids, answer ids, …)], K answers each -> four tensors (B, T) int64, padded with 0:
+    """[(prompt ids, completion ids, …)], K completions each -> three (B, T) int64, padded with 0:
 
-        tokens     Last night we saw a thriller : tense superb EOS dull EOS pad
-        positions   0    1    2   3  4    5     6   7     8     9   7    8   0
-        answers     0    0    0   0  0    0     0   1     1     1   2    2   0
-        sources     0    0    0   0  0    0     0   6     7     8   6   10   0
+        tokens     Last night we saw a thriller : tense superb EOS : dull EOS pad
+        positions   0    1    2   3  4    5     6   7     8     9  6   7    8   0
+        segments    0    0    0   0  0    0     1   1     1     1  2   2    2   0
 
-    A row is a prompt and its answers side by side: answers says which a token is in, positions
-    counts within the prompt and that answer. The tokens with answers > 0 are scored, EOS included,
-    by the logits at their sources: the token before, or the prompt's last for an answer's first.
+    A row is a prompt and its completions side by side. Each completion begins with the prompt's
+    last token, which predicts its first. A token attends to segment 0 and to its own segment;
+    scored are all tokens of segments 1 to K but the first of each.
     """
-    T = max(sum(map(len, example)) for example in examples)
-    batch = np.zeros((len(examples), 4, T), np.int64)
+    T = max(sum(map(len, example)) + len(example) - 2 for example in examples)
+    batch = np.zeros((len(examples), 3, T), np.int64)
     for row, (prompt, *completions) in zip(batch, examples):
-        n = end = len(prompt)
-        row[:2, :n] = prompt, range(n)
+        n = end = len(prompt) - 1
+        row[:2, :n] = prompt[:n], range(n)
         for k, y in enumerate(completions, 1):
-            start, end = end, end + len(y)
-            row[:3, start:end] = y, range(n, n + len(y)), [k] * len(y)
-            row[3, start:end] = [n - 1, *range(start, end - 1)]
+            start, end = end, end + 1 + len(y)
+            row[:, start:end] = prompt[n:] + y, range(n, n + 1 + len(y)), [k] * (1 + len(y))
     return torch.from_numpy(batch).to(device).unbind(1)
 
 
 def batches(lengths, batch_size, seed):
-    """Arrays of example numbers, for ever: each epoch holds every example once, in a new order.
+    """Arrays of example numbers, endlessly: each epoch holds every example once, in a new order.
 
-    The examples of a batch have similar lengths (in eights of tokens), so that little is padding.
+    Batches hold examples of similar lengths (bucketed by length // 8), so that little is padding,
+    and are of even size, batch_size at most, so that none of an epoch counts more than another.
     """
     rng, lengths = np.random.default_rng(seed), np.asarray(lengths)
     while True:
         order = rng.permutation(len(lengths))
         order = order[np.argsort(lengths[order] // 8, kind="stable")]
-        epoch = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+        epoch = np.array_split(order, math.ceil(len(order) / batch_size))
         for i in rng.permutation(len(epoch)):
             yield epoch[i]

@@ -11,10 +11,10 @@ Copy this file into your project: it needs torch and nothing else.
 The paper's letters, and their names here:
 
     x               the prompt                              tokens in front, where mask is False
-    y_w, y_l        the answer preferred, and the other     chosen, rejected; mask is True
+    y_w, y_l        the preferred completion, the other     chosen, rejected; mask is True
     log π_θ(y|x)    the policy, the model in training       policy_chosen_logps, policy_rejected_…
     log π_ref(y|x)  the reference, its frozen start         ref_chosen_logps, ref_rejected_logps
-    β               strength of the pull to the reference   beta
+    β               strength of the KL penalty              beta
     r̂(x, y)         β log(π_θ(y|x) / π_ref(y|x))            chosen_rewards, rejected_rewards
 """
 import torch
@@ -24,15 +24,15 @@ import torch.nn.functional as F
 def sequence_logps(logits, tokens, mask):
     """Log-probability of each row's scored tokens, log π(y|x) = Σ_t log π(y_t | x, y_<t).
 
-    logits (B, T, V)  the model's output at every position, any float dtype
+    logits (B, T, V)  what the model returns for tokens, as it is: not shifted, no softmax
     tokens (B, T)     the ids that went in: prompt, completion, EOS, then padding
     mask   (B, T)     True on exactly the tokens to score, the completion and its EOS; False on
                       prompt and padding. Make it from lengths: EOS and padding may share an id.
     returns (B,)      nats, ≤ 0, float32 (float64 if the logits are)
-    raises ValueError if the shapes differ or a row has nothing to score
+    raises ValueError if shapes differ, a first token is to be scored, or a row has none to score
 
     A sum, by the chain rule: the probability of a text is the product of its tokens'. A mean
-    would be another loss, one in which an answer of |y| tokens has β/|y| for its β.
+    would be another loss, one in which a completion of |y| tokens has β/|y| for its β.
 
     Worked value: logits log [[.1 .9] [.3 .7] [.5 .5]], tokens [0 1 0], mask [0 1 1]:
     log .9 + log .3 = -1.309333.
@@ -40,12 +40,15 @@ def sequence_logps(logits, tokens, mask):
     if logits.shape[:-1] != tokens.shape or mask.shape != tokens.shape:
         raise ValueError(f"expected logits (B, T, V), tokens (B, T) and mask (B, T), got "
                          f"{tuple(logits.shape)}, {tuple(tokens.shape)} and {tuple(mask.shape)}")
-    # The logits at position t predict the token at t + 1. This is the only place that shifts.
+    if mask[:, 0].any():
+        raise ValueError("expected mask False on each row's first token, which nothing predicts: "
+                         "it is True on the completion and its EOS alone, unlike an attention mask")
+    # The logits at position t predict the token at t + 1.
     logits = logits[:, :-1]
     tokens = tokens[:, 1:]
     mask = mask[:, 1:].bool()
     if not mask.any(-1).all():
-        raise ValueError("expected a scored token after the first in every row, but a row has none")
+        raise ValueError("expected a token to score in every row, but a row has none")
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # bfloat16 sums err
     logps = torch.log_softmax(logits, dim=-1)  # (B, T-1, V)
     logps = logps.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)  # (B, T-1)
@@ -60,13 +63,13 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_r
         loss = -log σ(r̂(x, y_w) - r̂(x, y_l))                          Eq. 7
         ∇loss = -β σ(r̂_l - r̂_w) (∇log π_θ(y_w|x) - ∇log π_θ(y_l|x))   §4: wrong pairs weigh most
 
-    four log-probabilities (B,)  nats, from sequence_logps; the reference's carry no gradient
-    beta             > 0, in reward per nat. Larger keeps the best policy nearer to the reference.
-    label_smoothing  ε in [0, 0.5): the share of labels believed flipped; the loss is then
+    four log-probabilities (B,)  nats, from sequence_logps, the reference's under torch.no_grad()
+    beta             > 0, in reward per nat. Larger keeps the optimum nearer to the reference.
+    label_smoothing  ε in [0, 0.5): the fraction of labels believed flipped; the loss is then
                      -(1-ε) log σ(r̂_w - r̂_l) - ε log σ(r̂_l - r̂_w)
     returns (losses, chosen_rewards, rejected_rewards), each (B,), one entry a pair; train on
                      losses.mean(). The rewards carry β and no gradient.
-    raises ValueError if shapes differ or an option is out of range
+    raises ValueError if shapes differ, the reference has a gradient or an option is out of range
 
     Worked value: (-3, -2, -2.5, -2.2) at β = 0.3: margin 0.3 ((-3 + 2.5) - (-2 + 2.2)) = -0.21,
     loss -log σ(-0.21) = 0.803650. Where policy and reference agree the loss is ln 2 = 0.693147.
@@ -75,13 +78,16 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_r
     if len({x.shape for x in logps}) != 1:
         raise ValueError(f"expected four log-probabilities of one shape, got "
                          f"{', '.join(str(tuple(x.shape)) for x in logps)}")
+    if ref_chosen_logps.requires_grad or ref_rejected_logps.requires_grad:
+        raise ValueError("expected reference log-probabilities without gradient, which must not be "
+                         "trained: compute them under torch.no_grad()")
     if not 0 < beta < float("inf"):
         raise ValueError(f"expected beta > 0, got {beta}")
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"expected label_smoothing in [0, 0.5), got {label_smoothing}")
     chosen_rewards = beta * (policy_chosen_logps - ref_chosen_logps)
     rejected_rewards = beta * (policy_rejected_logps - ref_rejected_logps)
-    margins = chosen_rewards - rejected_rewards  # β log Z(x) is in both rewards and cancels
+    margins = chosen_rewards - rejected_rewards  # β log Z(x), left out of both, would cancel here
     losses = -F.logsigmoid(margins)
     if label_smoothing:
         losses = (1 - label_smoothing) * losses - label_smoothing * F.logsigmoid(-margins)
@@ -89,24 +95,24 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_r
 
 
 def preference_metrics(losses, chosen_rewards, rejected_rewards, chosen_logps, rejected_logps):
-    """Batch means under the names the field logs them by: a dict of floats.
+    """What the field logs, by the names it uses. Five (B,) in, a dict of (B,) out: log the means.
 
-    loss                                nats a pair
+    loss                                nats, the one that carries the gradient
     rewards/chosen, rewards/rejected    implicit rewards, β times nats
     rewards/margins                     chosen minus rejected
-    rewards/accuracies                  share of pairs with a margin above 0; a tie counts ½, so
-                                        an untrained policy scores 0.5 and not 0
+    rewards/accuracies                  1 where the margin is above 0, ½ where it is 0: a policy
+                                        equal to its reference has an accuracy of 0.5, not 0
     logps/chosen, logps/rejected        log π_θ(y|x), nats; both may fall while the margin grows
     """
     margins = chosen_rewards - rejected_rewards
     return {
-        "loss": losses.mean().item(),
-        "rewards/chosen": chosen_rewards.mean().item(),
-        "rewards/rejected": rejected_rewards.mean().item(),
-        "rewards/accuracies": ((margins.sign() + 1) / 2).mean().item(),
-        "rewards/margins": margins.mean().item(),
-        "logps/chosen": chosen_logps.mean().item(),
-        "logps/rejected": rejected_logps.mean().item(),
+        "loss": losses,
+        "rewards/chosen": chosen_rewards,
+        "rewards/rejected": rejected_rewards,
+        "rewards/accuracies": (margins.sign() + 1) / 2,
+        "rewards/margins": margins,
+        "logps/chosen": chosen_logps.detach(),
+        "logps/rejected": rejected_logps.detach(),
     }
 
 
@@ -115,27 +121,10 @@ def optimal_logps(ref_logps, rewards, beta):
 
         log π*(y|x) = log π_ref(y|x) + r(x, y)/β - log Z(x)
 
-    ref_logps, rewards (..., K)  over all K answers to a prompt; beta > 0
+    ref_logps, rewards (..., K)  over all K completions of a prompt; beta > 0
     returns (..., K)             nats; log_softmax subtracts log Z(x), Z = Σ_y π_ref(y|x) exp(r/β)
 
     The DPO loss has the same optimum if the labels follow Bradley-Terry with rewards r (Eq. 1).
     Worked value: π_ref (½, ½), rewards (ln 3, 0), β = 1: π* = (¾, ¼).
     """
     return torch.log_softmax(ref_logps + rewards / beta, dim=-1)
-
-
-def limit_logps(ref_logps, rewards, kl):
-    """The best any policy can do at a given distance from the reference.
-
-    ref_logps, rewards (X, K)  over all K answers to each of X prompts
-    kl                         mean KL(π‖π_ref) over the prompts, > 0, nats
-    returns (X, K)             nats: among all policies at that kl the one of highest mean E[r],
-                               which is Eq. 4 at the one β that spends exactly kl
-    """
-    low, high = 1e-3, 1e6
-    for _ in range(100):  # bisection: KL falls as beta grows
-        beta = (low * high) ** 0.5
-        logps = optimal_logps(ref_logps, rewards, beta)
-        too_far = (logps.exp() * (logps - ref_logps)).sum(-1).mean() > kl
-        low, high = (beta, high) if too_far else (low, beta)
-    return logps

@@ -1,43 +1,39 @@
 # SPDX-License-Identifier: MIT
 """GPT-2's network (Radford et al. 2019), small and from scratch: tokens in, logits out; sampling.
 
-Shapes: B rows, T tokens, C channels, nh heads, hs = C / nh head size, V vocabulary.
-
+B rows, T tokens, C channels, nh heads of size hs, V vocabulary, K completions a row, N positions.
 Different from GPT-2 as published: no dropout. A policy that drops units and a reference that does
-not would disagree before the first step, and the DPO loss would not start at ln 2. The names of the
-weights are GPT-2's own.
+not would disagree before the first step, and the DPO loss would not start at ln 2.
 """
-import math
 import os
 import zipfile
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
-TOKENS_AT_ONCE = 2**13  # in a batch of sampling or scoring
-LOGITS_AT_ONCE = 2**26  # 256 MiB in float32
+MAX_TOKENS = 2**12  # in a batch of sampling or scoring
+TRANSPOSED = "c_attn.weight", "c_proj.weight", "c_fc.weight"  # in GPT-2's published files
 
 
 @dataclass
 class GPTConfig:
     vocab_size: int
-    block_size: int = 32  # longest row, in tokens
+    block_size: int = 256  # longest text, in tokens
     n_layer: int = 2
     n_head: int = 2
     n_embd: int = 64
+    tokenizer: str = ""  # the name of the vocabulary that the ids belong to
 
     def __post_init__(self):
-        if self.n_embd % self.n_head:
-            raise ValueError(f"expected n_embd to be a multiple of n_head = {self.n_head}, "
-                             f"got {self.n_embd}")
+        if type(self.n_head) is not int or self.n_head < 1 or self.n_embd % self.n_head:
+            raise ValueError(f"expected n_head to divide n_embd = {self.n_embd}, got {self.n_head}")
 
 
 class Attention(nn.Module):
-    """Causal self-attention: position t reads positions 0 … t, or those that reads leaves it."""
+    """Self-attention: a token attends to itself and those before it, or as attn_mask says."""
 
     def __init__(self, config):
         super().__init__()
@@ -45,11 +41,15 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # q, k and v in one product
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, reads):
+    def forward(self, x, attn_mask, cache):
         B, T, C = x.shape
         q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
                    for part in self.c_attn(x).split(C, dim=-1))
-        y = F.scaled_dot_product_attention(q, k, v, reads, is_causal=reads is None)
+        if cache is not None:  # each layer keeps the keys and values of all tokens so far
+            if self in cache:
+                k, v = torch.cat([cache[self][0], k], 2), torch.cat([cache[self][1], v], 2)
+            cache[self] = k, v
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask, is_causal=attn_mask is None)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -65,8 +65,8 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(OrderedDict(
             c_fc=nn.Linear(C, 4 * C), gelu=nn.GELU("tanh"), c_proj=nn.Linear(4 * C, C)))
 
-    def forward(self, x, reads):
-        x = x + self.attn(self.ln_1(x), reads)
+    def forward(self, x, attn_mask, cache):
+        x = x + self.attn(self.ln_1(x), attn_mask, cache)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -87,86 +87,81 @@ class GPT(nn.Module):
                 summands = 2 * config.n_layer if name.endswith("c_proj.weight") else 1
                 nn.init.normal_(p, std=0.02 / summands ** 0.5)
 
-    def hidden(self, tokens, positions=None, answers=None):
+    def hidden(self, tokens, positions=None, attn_mask=None, cache=None):
         """tokens (B, T) -> the last layer's activations (B, T, C), before the output projection.
 
-        positions (B, T)  of each token in its text; None counts from 0
-        answers (B, T)    where a prompt's answers stand side by side, 0 on the prompt and k on the
-                          k-th: a token then reads the prompt and its own answer, and no other
-        Right padding needs no mask: it stands to the right of every token.
+        positions (B, T)        of each token in its text; None counts from 0
+        attn_mask (B, 1, T, S)  True where token t may attend to s; None: to itself and all before
+        cache                   a dict, empty at first, of the keys and values of earlier tokens
         """
         T, longest = tokens.shape[1], self.config.block_size
         if positions is None and T > longest:
             raise ValueError(f"expected at most block_size = {longest} tokens, got {T}")
-        reads = None
-        if answers is not None:
-            of = answers[:, None, :, None]  # (B, 1, T, 1), its transpose is that of the tokens read
-            reads = ((of.mT == 0) | (of.mT == of)).tril()  # (B, 1, T, T)
         x = self.wte(tokens) + (self.wpe.weight[:T] if positions is None else self.wpe(positions))
         for block in self.h:
-            x = block(x, reads)  # (B, T, C)
+            x = block(x, attn_mask, cache)  # (B, T, C)
         return self.ln_f(x)
-
-    def project(self, hidden):
-        """Activations (..., C) -> logits (..., V)."""
-        return F.linear(hidden, self.wte.weight)
 
     def forward(self, tokens):
         """tokens (B, T) -> logits (B, T, V): at each position, for the token that comes next."""
-        return self.project(self.hidden(tokens))
+        return F.linear(self.hidden(tokens), self.wte.weight)
 
-    def answer_logps(self, tokens, positions, answers, sources):
-        """log π(y|x) of every answer in a batch from data.collate, four (B, T): (B, K), nats.
+    def completion_logps(self, tokens, positions, segments):
+        """log π(y|x) of each completion in a batch of data.collate, three (B, T): (B, K), nats.
 
-        What dpo.sequence_logps gives for each answer in a row of its own, for less work: a prompt
-        runs once, and only positions that predict a scored token reach the vocabulary. Where their
-        logits are too many they come in parts, and again in parts when going backward.
+        What dpo.sequence_logps gives for each in a row of its own, for less work: a prompt runs
+        once, and only positions that predict a scored token are projected onto the vocabulary.
         """
-        B, K = len(tokens), int(answers.max())
-        row, t = answers.nonzero(as_tuple=True)  # (N,) each: the scored tokens
-        hidden = self.hidden(tokens, positions, answers if K > 1 else None)[row, sources[row, t]]
-        n = math.ceil(len(row) * self.config.vocab_size / LOGITS_AT_ONCE)
-        logps = torch.cat([checkpoint(self.token_logps, *part, use_reentrant=False) if n > 1 else
-                           self.token_logps(*part)
-                           for part in zip(hidden.chunk(n), tokens[row, t].chunk(n))])  # (N,)
-        return logps.new_zeros(B * K).index_add(0, row * K + answers[row, t] - 1, logps).view(B, K)
-
-    def token_logps(self, hidden, tokens):
-        """Log-probabilities of tokens (N,) after activations (N, C): (N,), nats, float32."""
-        logits = self.project(hidden)  # (N, V)
+        B, K = len(tokens), int(segments.max())
+        query, key = segments[:, None, :, None], segments[:, None, None, :]
+        attn_mask = ((key == 0) | (key == query)).tril() if K > 1 else None  # (B, 1, T, T)
+        hidden = self.hidden(tokens, positions, attn_mask)
+        # The activations at position t predict the token at t + 1.
+        hidden = hidden[:, :-1]
+        tokens = tokens[:, 1:]
+        scored = (segments[:, 1:] > 0) & (segments[:, 1:] == segments[:, :-1])
+        row, t = scored.nonzero(as_tuple=True)  # (N,) each
+        logits = F.linear(hidden[row, t], self.wte.weight)  # (N, V)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # bfloat16 sums err
-        return -F.cross_entropy(logits, tokens, reduction="none")
+        logps = -F.cross_entropy(logits, tokens[row, t], reduction="none")  # (N,)
+        completion = row * K + segments[row, t + 1] - 1
+        return logps.new_zeros(B * K).index_add(0, completion, logps).view(B, K)
 
     @torch.no_grad()
     def sample(self, prompts, max_new_tokens, temperature, eos, generator=None):
         """Continue each prompt until EOS or max_new_tokens: a completion y ~ π(·|x) of each.
 
-        prompts          lists of ids, of one token or more
+        prompts, eos     lists of ids, of one token or more; the id that ends a completion
         temperature      1 samples from the model, 0 takes the likeliest token
-        eos              the id that ends a completion
         generator        torch.Generator on the model's device; None draws from the global one
         returns lists of ids without the prompts, which end in EOS if it came in time
         """
-        completions, device = [], self.wte.weight.device
-        n = max(1, TOKENS_AT_ONCE // (max(map(len, prompts)) + max_new_tokens))
+        longest, device = max(map(len, prompts)) + max_new_tokens, self.wte.weight.device
+        if longest > self.config.block_size:
+            raise ValueError(f"expected prompt and max_new_tokens to fit into block_size = "
+                             f"{self.config.block_size}, got {longest}")
+        completions, n = [], max(1, MAX_TOKENS // longest)
         for i in range(0, len(prompts), n):
-            rows = [torch.tensor(prompt) for prompt in prompts[i:i + n]]
-            starts = ends = torch.tensor([len(row) for row in rows], device=device)  # (B,)
-            b, running = torch.arange(len(rows), device=device), torch.ones_like(ends)
-            tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
-            tokens = F.pad(tokens, (0, max_new_tokens))
-            for _ in range(max_new_tokens):
-                last = self.hidden(tokens[:, :ends.max()])[b, ends - 1]  # (B, C)
-                logits = self.project(last).float()  # (B, V)
-                new = logits.argmax(-1) if temperature == 0 else torch.multinomial(
-                    (logits / temperature).softmax(-1), 1, generator=generator).squeeze(1)
-                tokens[b, ends] = new  # in a finished row it stands past the end and is never read
-                ends = ends + running
-                running = running * (new != eos)
-                if not running.any():
+            rows = [torch.tensor(prompt, device=device) for prompt in prompts[i:i + n]]
+            lengths = torch.tensor([len(row) for row in rows], device=device)  # (B,)
+            tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, T)
+            real = torch.arange(tokens.shape[1], device=device) < lengths[:, None]  # no padding
+            cache, drawn, ended = {}, [], torch.zeros_like(lengths, dtype=torch.bool)
+            hidden = self.hidden(tokens, cache=cache)
+            hidden = hidden[torch.arange(len(rows)), lengths - 1]  # (B, C), of each last token
+            while True:
+                logits = F.linear(hidden, self.wte.weight).float()  # (B, V)
+                drawn.append(logits.argmax(-1) if temperature == 0 else torch.multinomial(
+                    (logits / temperature).softmax(-1), 1, generator=generator).squeeze(1))
+                ended |= drawn[-1] == eos
+                if ended.all() or len(drawn) == max_new_tokens:
                     break
-            completions += [row[start:end] for row, start, end in
-                            zip(tokens.tolist(), starts.tolist(), ends.tolist())]
+                real = F.pad(real, (0, 1), value=True)  # from here on, one token a row is run
+                positions = lengths[:, None] + len(drawn) - 1
+                hidden = self.hidden(drawn[-1][:, None], positions, real[:, None, None], cache)
+                hidden = hidden[:, 0]
+            for y in torch.stack(drawn, 1).tolist():
+                completions.append(y[:y.index(eos) + 1] if eos in y else y)
         return completions
 
     @classmethod
@@ -176,39 +171,48 @@ class GPT(nn.Module):
         There matrices are transposed, names may begin with "transformer.", and causal masks and
         lm_head, which is wte again, are saved too. n_head defaults to GPT-2's heads of 64 channels.
         """
-        transposed = "c_attn.weight", "c_proj.weight", "c_fc.weight"
         extra = ".attn.bias", ".attn.masked_bias", "lm_head.weight"
-        weights = {name.removeprefix("transformer."): w.T if name.endswith(transposed) else w
+        weights = {name.removeprefix("transformer."): w.T if name.endswith(TRANSPOSED) else w
                    for name, w in weights.items() if not name.endswith(extra)}
+        return cls.from_weights(weights, n_head, "gpt2")
+
+    def to_gpt2(self):
+        """The weights under GPT-2's published names, in its layout; from_gpt2 is the inverse."""
+        weights = {"transformer." + name: w.T.contiguous() if name.endswith(TRANSPOSED) else w
+                   for name, w in self.state_dict().items()}
+        return weights | {"lm_head.weight": weights["transformer.wte.weight"]}
+
+    @classmethod
+    def from_weights(cls, weights, n_head, tokenizer):
+        """A model whose sizes are those of its weights, so that none exceeds what a file holds."""
         (V, C), T = weights["wte.weight"].shape, len(weights["wpe.weight"])
         n_layer = sum(name.endswith("ln_1.weight") for name in weights)
-        model = cls(GPTConfig(V, T, n_layer, n_head or max(1, C // 64), C))
+        n_head = max(1, C // 64) if n_head is None else n_head
+        model = cls(GPTConfig(V, T, n_layer, n_head, C, tokenizer))
         model.load_state_dict(weights)
         return model
 
     @classmethod
-    def load(cls, path, vocab_size):
-        """A model from a checkpoint of train.py or from GPT-2's pytorch_model.bin.
-
-        Raises ValueError if path is neither or its vocabulary is of another size.
-        """
-        saved = read(path)
+    def load(cls, path):
+        """A model from a checkpoint of train.py or GPT-2's pytorch_model.bin; else ValueError."""
+        saved = load_checkpoint(path)
         try:
-            if "config" in saved:
-                model = cls(GPTConfig(**saved["config"]))
-                model.load_state_dict(saved["model"])
-            else:
-                model = cls.from_gpt2(saved)
+            if "config" not in saved:
+                return cls.from_gpt2(saved)
+            config = GPTConfig(**saved["config"])
+            model = cls.from_weights(saved["model"], config.n_head, config.tokenizer)
+            if model.config == config:
+                return model
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
-            raise ValueError(f"{path}: not the weights of a GPT or of GPT-2") from None
-        if model.config.vocab_size != vocab_size:
-            raise ValueError(f"{path}: expected a vocabulary of {vocab_size}, the tokenizer's, got "
-                             f"{model.config.vocab_size}")
-        return model
+            pass
+        raise ValueError(f"{path}: not the weights of a GPT or of GPT-2")
+
+    def save(self, path):
+        save_checkpoint(path, {"config": asdict(self.config), "model": self.state_dict()})
 
 
-def read(path):
-    """What torch.save wrote to path, on the CPU. Runs no code from it; ValueError if damaged."""
+def load_checkpoint(path):
+    """The dict that torch.save wrote to path. Runs no code from it; ValueError if damaged."""
     with open(path, "rb") as file:
         try:
             if file.read(2) == b"PK" and zipfile.ZipFile(file).testzip():  # torch checks no sums
@@ -216,20 +220,19 @@ def read(path):
             file.seek(0)
             saved = torch.load(file, map_location="cpu", weights_only=True)
             return saved if isinstance(saved, dict) else {}
+        except MemoryError:
+            raise
         except Exception:
             raise ValueError(f"{path}: not a checkpoint, or damaged") from None
 
 
-def save(path, content):
+def save_checkpoint(path, content):
     """torch.save, whole or not at all: after a kill or on a full disk, what was there stays."""
-    part = f"{path}.tmp"
     try:
-        with open(part, "wb") as file:
+        with open(f"{path}.tmp", "wb") as file:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        os.replace(f"{path}.tmp", path)
     except (OSError, RuntimeError) as error:  # torch raises the latter on top of the system's error
-        if os.path.exists(part):
-            os.remove(part)
+        if os.path.exists(f"{path}.tmp"):
+            os.remove(f"{path}.tmp")
         raise OSError(f"{path} cannot be written: {error.__context__ or error}") from None
