@@ -10,6 +10,7 @@ import tiktoken
 import torch
 
 import data
+from dpo import dpo_loss, optimal_logps, preference_metrics
 
 THRILLER, COMEDY = "Last night we saw a thriller:", "Last night we saw a comedy:"
 
@@ -71,34 +72,58 @@ def random_policies(seed, prompts=(THRILLER, COMEDY)):
     return (3 * torch.randn(len(prompts), 1885, generator=generator, dtype=torch.float64)).log_softmax(-1)
 
 
-def test_exact_figures_agree_with_a_million_samples():
+def test_exact_figures_of_a_policy_agree_with_a_million_samples():
     p, ref, rewards = random_policies(0), random_policies(1), data.outcome_rewards([THRILLER, COMEDY])
-    exact = data.exact_figures(p, ref, rewards)
+    exact = data.exact_figures(p, ref, rewards, 0.5)
     generator = torch.Generator().manual_seed(2)
     y = torch.multinomial(p.exp(), 500_000, replacement=True, generator=generator)
     other = torch.multinomial(ref.exp(), 500_000, replacement=True, generator=generator)
     r, r_other = rewards.gather(1, y), rewards.gather(1, other)
     sampled = {"reward": r.mean(), "kl": (p - ref).gather(1, y).mean(), "valid": (y < 1884).double().mean(),
                "win_rate": (r > r_other).double().mean() + (r == r_other).double().mean() / 2}
-    assert exact == pytest.approx({k: v.item() for k, v in sampled.items()}, abs=0.02)
-    same = data.exact_figures(ref, ref, rewards)
-    assert same["kl"] == 0 and same["win_rate"] == pytest.approx(0.5, abs=1e-12)
+    sampled["objective"] = sampled["reward"] - 0.5 * sampled["kl"]
+    assert list(exact) == list(data.FIGURES)
+    assert {name: exact[name] for name in sampled} == pytest.approx({k: v.item() for k, v in sampled.items()}, abs=0.02)
+    same = data.exact_figures(ref, ref, rewards, 0.5)
+    assert same["kl"] == 0 and same["win_rate"] == pytest.approx(0.5, abs=1e-5)
 
 
-def test_exact_accuracy_agrees_with_labelled_samples():
-    """Identical pairs are dropped; scores that know nothing foretell half; the truth is the best."""
-    ref, rewards = random_policies(1), data.outcome_rewards([THRILLER, COMEDY])
+@pytest.mark.parametrize("beta", [0.5, 2.0])
+def test_exact_figures_of_pairs_agree_with_a_million_labelled_samples(beta):
+    """What DPO logs on endlessly many pairs; identical ones are dropped."""
+    ref, rewards = random_policies(1) / 2, data.outcome_rewards([THRILLER, COMEDY])
+    ref = ref.log_softmax(-1)
     generator = torch.Generator().manual_seed(2)
-    for scores in (random_policies(0), rewards, rewards + random_policies(3)):
-        y = torch.multinomial(ref.exp(), 1_000_000, replacement=True, generator=generator)
-        first, second = y.view(2, 500_000, 2).unbind(-1)
-        wins = data.prefers_first(rewards.gather(1, first), rewards.gather(1, second), np.random.default_rng(0))
-        foretold = ((scores.gather(1, first) - scores.gather(1, second)).sign() + 1) / 2
-        right = torch.where(torch.from_numpy(wins), foretold, 1 - foretold)[first != second].mean().item()
-        accuracy = data.exact_accuracy(scores, ref, rewards)
-        assert accuracy == pytest.approx(right, abs=0.003)
-        assert accuracy <= data.exact_accuracy(rewards, ref, rewards)
-    assert data.exact_accuracy(torch.zeros(2, 1885), ref, rewards) == pytest.approx(0.5, abs=1e-12)
+    y = torch.multinomial(ref.exp(), 1_000_000, replacement=True, generator=generator)
+    first, second = y.view(2, 500_000, 2).unbind(-1)
+    wins = torch.from_numpy(data.prefers_first(rewards.gather(1, first), rewards.gather(1, second), np.random.default_rng(0)))
+    chosen, rejected = torch.where(wins, first, second), torch.where(wins, second, first)
+    for policy in (optimal_logps(ref, rewards, beta), (ref + random_policies(3) / 20).log_softmax(-1)):
+        changes = [(policy - ref).gather(1, y)[first != second] for y in (chosen, rejected)]
+        metrics = preference_metrics(*dpo_loss(*changes, *torch.zeros_like(torch.stack(changes)), beta), *changes)
+        sampled = {"accuracy": metrics["rewards/accuracies"], "loss": metrics["loss"], "margin": metrics["rewards/margins"],
+                   "chosen_change": changes[0], "rejected_change": changes[1]}
+        exact = data.exact_figures(policy, ref, rewards, beta)
+        for name, values in sampled.items():
+            error = values.std().item() / len(values) ** 0.5
+            assert exact[name] == pytest.approx(values.mean().item(), abs=5 * error + 1e-4), name
+
+
+def test_exact_figures_at_the_start_and_at_the_optimum():
+    """A policy equal to its reference foretells nothing. The optimum has the highest objective, the lowest loss, which is
+    the mean entropy of the labels, and the accuracy of the true reward; a constant added to a prompt's rewards adds up."""
+    ref, rewards = random_policies(1), data.outcome_rewards([THRILLER, COMEDY])
+    start = data.exact_figures(ref, ref, rewards, 2.0)
+    assert start["accuracy"] == pytest.approx(0.5, abs=1e-6) and start["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert start["margin"] == start["chosen_change"] == start["rejected_change"] == start["kl"] == 0
+    best = data.exact_figures(optimal_logps(ref, rewards, 2.0), ref, rewards, 2.0)
+    assert best["objective"] == pytest.approx(2 * torch.logsumexp(ref + rewards / 2, -1).mean().item(), abs=1e-6)
+    for seed in range(4):
+        near = (optimal_logps(ref, rewards, 2.0) + random_policies(seed) / 5).log_softmax(-1)
+        other = data.exact_figures(near, ref, rewards, 2.0)
+        assert other["objective"] < best["objective"] and other["loss"] > best["loss"] and other["accuracy"] < best["accuracy"]
+    shifted = data.exact_figures(optimal_logps(ref, rewards, 2.0), ref, rewards + 3, 2.0)
+    assert shifted["objective"] - best["objective"] == pytest.approx(3) and shifted["loss"] == pytest.approx(best["loss"], abs=1e-6)
 
 
 def test_any_text_encodes_and_words_of_the_world_are_single_tokens(tokenizer):
@@ -135,24 +160,23 @@ def test_decode_marks_a_completion_that_never_ended(tokenizer):
 
 
 def test_collate_draws_what_its_docstring_draws(tokenizer):
-    rows = [data.encode(tokenizer, THRILLER, " tense superb"), data.encode(tokenizer, THRILLER, " dull dull dull")]
-    tokens, positions, answers, sources = data.collate(rows)
-    assert tokenizer.decode(tokens[0][answers[0] > 0].tolist()) == " tense superb<|endoftext|>"
-    assert answers.tolist() == [[0] * 7 + [1] * 3 + [0], [0] * 7 + [1] * 4]
-    assert all(part.dtype == torch.int64 and part.shape == (2, 11) for part in (tokens, positions, sources))
-    x, y_w = rows[0]
-    tokens, positions, answers, sources = (part[0].tolist() for part in data.collate(
-        [(x, y_w, data.encode(tokenizer, "", " dull")[1]), (x, *[y_w + [0]] * 2)]))
-    assert positions[:12] == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 7, 8]
-    assert answers == [0] * 7 + [1] * 3 + [2] * 2 + [0] * 3
-    assert sources == [0] * 7 + [6, 7, 8] + [6, 10] + [0] * 3
+    x, y_w = data.encode(tokenizer, THRILLER, " tense superb")
+    y_l = data.encode(tokenizer, "", " dull")[1]
+    tokens, positions, segments = data.collate([(x, y_w, y_l), (x, y_w + [0], y_l)])
+    drawn = [line.split()[1:] for line in data.collate.__doc__.splitlines() if line.split()[:1] in (["positions"], ["segments"])]
+    assert [part[0].tolist() for part in (positions, segments)] == [[int(number) for number in row] for row in drawn]
+    words = next(line for line in data.collate.__doc__.splitlines() if "tokens  " in line).split()[1:]
+    decoded = [tokenizer.decode([i]).strip() for i in tokens[0, :-1].tolist()]
+    assert decoded == [{"EOS": "<|endoftext|>"}.get(word, word) for word in words[:-1]] and tokens[0, -1] == 0
+    assert all(part.dtype == torch.int64 and part.shape == (2, 14) for part in (tokens, positions, segments))
 
 
-def test_the_mask_comes_from_lengths_and_not_from_ids():
+def test_the_layout_comes_from_lengths_and_not_from_ids():
     """Token 0 is padding here, and it may stand in a prompt or a completion all the same."""
-    tokens, _, answers, _ = data.collate([([0, 0], [0, 5, 0]), ([1], [2])])
+    tokens, positions, segments = data.collate([([0, 0], [0, 5, 0]), ([1], [2])])
     assert tokens.tolist() == [[0, 0, 0, 5, 0], [1, 2, 0, 0, 0]]
-    assert answers.tolist() == [[0, 0, 1, 1, 1], [0, 1, 0, 0, 0]]
+    assert segments.tolist() == [[0, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
+    assert positions.tolist() == [[0, 1, 2, 3, 4], [0, 1, 0, 0, 0]]
 
 
 @pytest.mark.parametrize("n, batch_size", [(103, 10), (5, 8), (40, 10), (1, 1)])
@@ -165,8 +189,11 @@ def test_an_epoch_has_every_example_once_in_batches_of_similar_length(n, batch_s
         assert sorted(np.concatenate(epoch)) == list(range(n))
         eighths = sorted((lengths[b] // 8).tolist() for b in epoch)
         assert all(max(a) <= min(b) or min(a) >= max(b) for a, b in itertools.combinations(eighths, 2))
+        sizes = [len(b) for b in epoch]
+        assert max(sizes) <= batch_size and max(sizes) - min(sizes) <= 1  # no leftover of a single pair
     if n > 10:
         assert [b.tolist() for b in first] != [b.tolist() for b in second]
+        assert [b.tolist() for b in first] != [b.tolist() for b in itertools.islice(data.batches(lengths, batch_size, seed=1), count)]
     again = list(itertools.islice(data.batches(lengths, batch_size, seed=0), count))
     assert [b.tolist() for b in again] == [b.tolist() for b in first]
 
@@ -188,9 +215,8 @@ BAD = [  # a line, and what the error says of it after path:line:
     (GOOD.replace(b'"p"', b"null"), "expected prompt to be text"), (GOOD.replace(b'"a"', b"7"), "expected chosen to be text"),
     (GOOD.replace(b'"b"', b'["b"]'), "expected rejected to be text"),
     (GOOD.replace(b'"a"', b'{"role": "user"}'), "expected chosen to be text"),
-    (GOOD.replace(b'"p"', b'""'), "expected prompt to be text, not empty"),
-    (GOOD.replace(b'"b"', b'" \\n "'), "expected rejected to be text, not empty"),
-    (GOOD.replace(b'"a"', b'"a\\u0000"'), "expected chosen to be text, not empty and without NUL"),
+    (GOOD.replace(b'"p"', b'""'), "expected prompt not to be empty"), (GOOD.replace(b'"p"', b'" "'), "expected prompt not to be empty"),
+    (GOOD.replace(b'"a"', b'"a\\u0000"'), "expected chosen to be text without NUL"),
     (GOOD.replace(b"a", b"\x00"), "Invalid control character"), (GOOD.replace(b"b", b"\xff", 1), "'utf-8' codec"),
     (GOOD.replace(b'"a"', b'"\xc3"'), "'utf-8' codec"), (GOOD.replace(b'"a"', b'"\\x"'), "Invalid \\escape"),
     (GOOD[:-1] * 2 + b"\n", "Extra data"), (b"[" * 100_000 + b"\n", "maximum recursion depth"),
@@ -227,29 +253,40 @@ def test_prompts_are_held_out_with_all_of_their_pairs(tokenizer):
     assert len({tuple(x) for x, _, _ in held_out}) == 5 and not {tuple(x) for x, _, _ in train} & {tuple(x) for x, _, _ in held_out}
     assert data.split_pairs(texts, tokenizer, 64, 0.1, seed=0)[1] == held_out != data.split_pairs(texts, tokenizer, 64, 0.1, seed=1)[1]
     assert all(y[-1] == tokenizer.eot_token for _, *both in train + held_out for y in both)
-    for share, prompts in ((1e-9, 1), (0.999, 49)):  # at least one prompt on either side
-        held_out = data.split_pairs(texts, tokenizer, 64, share, seed=0)[1]
+    for fraction, prompts in ((0, 0), (1e-9, 1), (0.999, 49)):  # at least one prompt on either side, unless none is asked for
+        held_out = data.split_pairs(texts, tokenizer, 64, fraction, seed=0)[1]
         assert len({tuple(x) for x, _, _ in held_out}) == prompts
-    with pytest.raises(ValueError, match="expected usable pairs of two prompts or more, got 1"):
+    with pytest.raises(ValueError, match="expected usable pairs of 2 prompts or more, got 1"):
         data.split_pairs(texts[::50], tokenizer, 64, 0.1, seed=0)
+    assert len(data.split_pairs(texts[::50], tokenizer, 64, 0, seed=0)[0]) == 4
 
 
-def test_long_pairs_are_cut_or_dropped_and_counted(tokenizer):
-    """Of 16 tokens an answer and its EOS may take 8; the prompt keeps the last of what is left."""
-    texts = [("0123456789", "abc", "de"), ("q", "a" * 7, "b"), ("q", "a" * 8, "b"), ("r" * 10, "a" * 7, "b"), ("q", "same", "same"),
-             ("q", "x", "y"), ("q", "x", "y"), ("q", "y", "x")]
+def test_dialogues_that_end_alike_stand_on_one_side(tokenizer):
+    """What a cut leaves decides: beginnings that no row holds do not make two prompts of one."""
+    texts = [(f"{i}" * (10 + i) + "the same end, cut" + "!" * 20, f"a{i}", "b") for i in range(10)] + [("other", "a", "b")]
+    train, held_out, _ = data.split_pairs(texts, tokenizer, 40, 0.5, seed=0)
+    ends = [{tokenizer.decode(x)[-15:] for x, _, _ in side} for side in (train, held_out)]
+    assert ends[0] and ends[1] and not ends[0] & ends[1]
+
+
+def test_what_cannot_be_used_is_dropped_and_what_can_is_kept_and_both_are_counted(tokenizer):
+    """Of 16 tokens a completion and its EOS may take 8; the prompt keeps the last of what is left."""
+    texts = [("0123456789", "abc", "de"), ("q", "a" * 7, "b"), ("q", "a" * 8, "b"), ("r" * 9 + "s", "a" * 7, "b"), ("q", "same", "same"),
+             ("q", "x", "y"), ("q", "x", "y"), ("q", "y", "x"), ("q", "", "y"), ("q", "x", " \n"), ("q", "", "")]
     train, held_out, counts = data.split_pairs(texts, tokenizer, 16, 1e-9, seed=0)
-    assert counts == {"to train on": len(train), "held out": len(held_out), "too long, dropped": 1,
-                      "identical, dropped": 1, "prompts cut": 1, "duplicate": 1, "contradictory": 1}
+    assert counts == {"to train on": len(train), "held out": len(held_out), "with too long a completion, dropped": 1,
+                      "with identical completions, dropped": 1, "with an empty completion, dropped": 3,
+                      "with a prompt that was cut": 1, "that repeat an earlier pair": 1, "that contradict an earlier pair": 1}
+    assert len(train) + len(held_out) == 6
     pairs = {tokenizer.decode(x): (x, y_w, y_l) for x, y_w, y_l in train + held_out}
-    assert set(pairs) == {"0123456789", "q", "r" * 8}
+    assert set(pairs) == {"0123456789", "q", "r" * 7 + "s"}
     assert all(len(x) + max(len(y_w), len(y_l)) <= 16 for x, y_w, y_l in pairs.values())
 
 
 def test_the_pairs_kept_for_these_tests_are_clean(tokenizer):
     texts = data.read_jsonl(os.path.join(os.path.dirname(__file__), "pairs.jsonl"))
     counts = data.split_pairs(texts, tokenizer, 256, 0.1, seed=0)[2]
-    assert 190 <= len(texts) <= 210 and sum(counts.values()) == len(texts)
+    assert len(texts) == 200 and sum(counts.values()) == 200
 
 
 def test_a_vocabulary_that_cannot_be_had_is_one_line_that_names_the_alternative(monkeypatch):

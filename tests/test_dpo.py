@@ -1,4 +1,4 @@
-"""dpo.py against hand-sized examples and independent formulas. F1 tells seven bugs apart."""
+"""dpo.py against hand-sized examples and independent formulas."""
 import ast
 import math
 import os
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import dpo
-from dpo import dpo_loss, limit_logps, optimal_logps, preference_metrics, sequence_logps
+from dpo import dpo_loss, optimal_logps, preference_metrics, sequence_logps
 
 # Fixture F1. The stub model's logits are the log of the row that its input token names. Prompt
 # [0, 1], chosen [2, 3, 0], rejected [1, 0]; token 0 is EOS and padding. The reference is uniform.
@@ -35,25 +35,15 @@ def test_f1_log_probabilities_loss_and_rewards():
     assert [loss, chosen_reward, rejected_reward] == pytest.approx([.685469, .080648, .065233], abs=1e-6)
 
 
-def chosen_logp_with_bug(bug):
-    """log π(chosen) of F1 as a faulty implementation computes it, by the formula of the fault."""
-    logps, row = P.log(), [0, 1, 2, 3, 0, 0]
-    scored = {"mask shifted left by one": (1, 4), "first completion token dropped": (3, 5),
-              "EOS not scored": (2, 4), "one PAD scored": (2, 6), "prompt scored": (1, 5),
-              "mean instead of sum": (2, 5), "labels not shifted": (2, 5)}[bug]
-    before = 0 if bug == "labels not shifted" else 1
-    total = sum(logps[row[t - before], row[t]] for t in range(*scored)).item()
-    return total / 3 if bug == "mean instead of sum" else total
-
-
-@pytest.mark.parametrize("bug, wrong", [
-    ("mask shifted left by one", -4.605170), ("first completion token dropped", -1.742969),
-    ("EOS not scored", -2.995732), ("one PAD scored", -5.654992), ("prompt scored", -4.961845),
-    ("mean instead of sum", -1.117469), ("labels not shifted", -5.991465)])
-def test_f1_tells_seven_bugs_apart(bug, wrong):
-    """Each fault gives its own number, and none of them the right one."""
-    assert chosen_logp_with_bug(bug) == pytest.approx(wrong, abs=1e-6)
-    assert abs(sequence_logps(LOGITS, TOKENS, MASK)[0].item() - wrong) > 0.3
+@pytest.mark.parametrize("mask, shift, wrong", [
+    ([0, 1, 1, 1, 0, 0], 0, -4.605170), ([0, 0, 0, 1, 1, 0], 0, -1.742969), ([0, 0, 1, 1, 0, 0], 0, -2.995732),
+    ([0, 0, 1, 1, 1, 1], 0, -5.654992), ([0, 1, 1, 1, 1, 0], 0, -4.961845), ([0, 0, 0, 1, 1, 1], 1, -5.991465)],
+    ids=["mask shifted left", "first completion token dropped", "EOS not scored", "padding scored",
+         "prompt scored", "logits of a token's own position"])
+def test_f1_tells_six_wrong_masks_and_shifts_apart(mask, shift, wrong):
+    """sequence_logps is given the faulty mask or shift; each fault gives its own number, none the right one."""
+    logps = sequence_logps(LOGITS[:1], TOKENS[:1].roll(shift), torch.tensor([mask]))
+    assert logps.item() == pytest.approx(wrong, abs=1e-6) and abs(wrong + 3.352407) > 0.3
 
 
 def test_f1_slips_of_the_loss_give_other_numbers():
@@ -98,14 +88,18 @@ def test_loss_goldens():
 
 def test_gradient_golden_and_its_signs():
     """∂loss/∂(policy chosen, policy rejected, ref chosen, ref rejected) = (-, +, +, -) 0.165692."""
-    four = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (-3, -2, -2.5, -2.2)]
-    dpo_loss(*four, 0.3)[0].backward()
-    assert [x.grad.item() for x in four] == pytest.approx([-.165692, .165692, .165692, -.165692], abs=1e-6)
+    four = torch.tensor([-3, -2, -2.5, -2.2], dtype=torch.float64)
+    policy = four[:2].clone().requires_grad_()
+    dpo_loss(*policy, *four[2:], 0.3)[0].backward()
+    assert policy.grad.tolist() == pytest.approx([-.165692, .165692], abs=1e-6)
+    step = 1e-6 * torch.eye(4, dtype=torch.float64)
+    slopes = [(dpo_loss(*(four + d), 0.3)[0] - dpo_loss(*(four - d), 0.3)[0]).item() / 2e-6 for d in step]
+    assert slopes == pytest.approx([-.165692, .165692, .165692, -.165692], abs=1e-6)
 
 
 def test_rewards_carry_beta_and_no_gradient():
-    four = [torch.tensor([x], requires_grad=True) for x in (-3.0, -2.0, -2.5, -2.2)]
-    losses, chosen_rewards, rejected_rewards = dpo_loss(*four, 0.3)
+    policy = [torch.tensor([x], requires_grad=True) for x in (-3.0, -2.0)]
+    losses, chosen_rewards, rejected_rewards = dpo_loss(*policy, torch.tensor([-2.5]), torch.tensor([-2.2]), 0.3)
     assert chosen_rewards.item() == pytest.approx(-0.15) and rejected_rewards.item() == pytest.approx(0.06)
     assert losses.requires_grad and not chosen_rewards.requires_grad and not rejected_rewards.requires_grad
 
@@ -143,9 +137,22 @@ def test_sequence_logps_refuses_bad_arguments():
     empty[1] = False
     with pytest.raises(ValueError, match="but a row has none"):
         sequence_logps(LOGITS, TOKENS, empty)
-    empty[1, 0] = True  # nothing stands before the first token to predict it
-    with pytest.raises(ValueError, match="but a row has none"):
-        sequence_logps(LOGITS, TOKENS, empty)
+
+
+@pytest.mark.parametrize("mask", [torch.ones(2, 6), torch.ones(2, 6, dtype=torch.bool), ~MASK, TOKENS >= 0])
+def test_a_mask_that_scores_the_first_token_is_refused(mask):
+    """Nothing predicts it. An attention mask, Hugging Face's labels and an inverted mask are caught so."""
+    with pytest.raises(ValueError, match="expected mask False on each row's first token.*completion and its EOS"):
+        sequence_logps(LOGITS, TOKENS, mask)
+
+
+def test_a_reference_with_a_gradient_is_refused():
+    """And with it, in training, policy and reference swapped, and the order (pc, rc, pr, rr)."""
+    policy, ref = torch.zeros(2, 3, requires_grad=True), torch.zeros(2, 3)
+    assert dpo_loss(*policy, *ref, 0.1)[0].requires_grad
+    for four in ([*policy, *policy], [*ref, *policy], [policy[0], ref[0], policy[1], ref[1]]):
+        with pytest.raises(ValueError, match="reference log-probabilities without gradient.*torch.no_grad"):
+            dpo_loss(*four, 0.1)
 
 
 def test_every_position_of_the_mask_scores_its_own_token():
@@ -181,7 +188,7 @@ def test_half_precision_logits_are_widened_before_softmax_and_sum(dtype, scale):
     generator = torch.Generator().manual_seed(0)
     logits = (scale * torch.randn(2, 201, 50, generator=generator)).to(dtype).requires_grad_()
     tokens = torch.randint(50, (2, 201), generator=generator)
-    mask = torch.ones(2, 201, dtype=torch.bool)
+    mask = torch.arange(201).expand(2, 201) > 0
     logps = sequence_logps(logits, tokens, mask)
     exact = sequence_logps(logits.double(), tokens, mask)
     logps.sum().backward()
@@ -210,28 +217,20 @@ def test_scoring_the_prompt_cancels_under_a_sum_but_not_under_a_mean():
     assert abs(h(MASK, MASK.sum(1)) - h(whole, whole.sum(1))) > 0.01
 
 
-def test_metrics_are_the_fields_names_and_a_tie_counts_half():
+def test_metrics_are_the_fields_names_for_each_pair_and_a_tie_counts_half():
     metrics = preference_metrics(torch.tensor([1., 2., 3., 4.]), torch.tensor([1., 0., 0., 2.]),
                                  torch.tensor([0., 1., 0., 0.]), torch.tensor([-1., -2., -3., -4.]),
                                  torch.tensor([-5., -6., -7., -8.]))
-    assert metrics == {"loss": 2.5, "rewards/chosen": 0.75, "rewards/rejected": 0.25,
-                       "rewards/margins": 0.5, "rewards/accuracies": 0.625,
-                       "logps/chosen": -2.5, "logps/rejected": -6.5}
-    assert all(type(value) is float for value in metrics.values())
-    zero = torch.zeros(4)
-    assert preference_metrics(zero, zero, zero, zero, zero)["rewards/accuracies"] == 0.5
+    assert {name: value.tolist() for name, value in metrics.items()} == {
+        "loss": [1, 2, 3, 4], "rewards/chosen": [1, 0, 0, 2], "rewards/rejected": [0, 1, 0, 0],
+        "rewards/margins": [1, -1, 0, 2], "rewards/accuracies": [1, 0, 0.5, 1],
+        "logps/chosen": [-1, -2, -3, -4], "logps/rejected": [-5, -6, -7, -8]}
 
 
-@pytest.mark.parametrize("kl", [0.01, 0.5, 1.5])
-def test_limit_logps_spends_exactly_its_kl(kl):
-    generator = torch.Generator().manual_seed(0)
-    ref = torch.randn(3, 40, generator=generator, dtype=torch.float64).log_softmax(-1)
-    rewards = 2 * torch.randn(3, 40, generator=generator, dtype=torch.float64)
-    limit = limit_logps(ref, rewards, kl)
-    assert (limit.exp() * (limit - ref)).sum(-1).mean().item() == pytest.approx(kl, rel=1e-6)
-    beta = ((rewards[0, 0] - rewards[0, 1]) / (limit - ref)[0, :2].diff().neg()).item()
-    assert limit.tolist() == optimal_logps(ref, rewards, beta).tolist() or torch.allclose(
-        limit, optimal_logps(ref, rewards, beta), atol=1e-9)
+def test_of_the_metrics_the_loss_alone_carries_a_gradient():
+    policy, ref = torch.zeros(2, 3, requires_grad=True), torch.zeros(2, 3)
+    metrics = preference_metrics(*dpo_loss(*policy, *ref, 0.1), *policy)
+    assert [name for name, value in metrics.items() if value.requires_grad] == ["loss"]
 
 
 def test_copying_the_one_file_is_enough(tmp_path):

@@ -82,7 +82,7 @@ def test_shapes_and_the_errors_that_name_them():
     assert model.hidden(torch.zeros(3, 5, dtype=torch.long)).shape == (3, 5, 8)
     with pytest.raises(ValueError, match="expected at most block_size = 12 tokens, got 13"):
         model(torch.zeros(1, 13, dtype=torch.long))
-    with pytest.raises(ValueError, match="expected n_embd to be a multiple of n_head = 3, got 8"):
+    with pytest.raises(ValueError, match="expected n_head to divide n_embd = 8, got 3"):
         GPTConfig(vocab_size=11, n_head=3, n_embd=8)
 
 
@@ -123,7 +123,7 @@ def test_temperature_0_takes_the_argmax_of_every_step_in_ragged_batches(monkeypa
     assert len({tuple(row[-3:]) for row in expected}) > 5  # the prompts do matter
     completions = [row[len(p):] for p, row in zip(prompts, expected)]
     assert model.sample(prompts, 6, 0, EOS) == completions
-    monkeypatch.setattr("model.TOKENS_AT_ONCE", 80)
+    monkeypatch.setattr("model.MAX_TOKENS", 80)
     assert model.sample(prompts, 6, 0, EOS) == completions
 
 
@@ -163,36 +163,51 @@ def test_sampling_repeats_by_its_generator_and_leaves_the_global_one_alone():
     assert torch.equal(torch.get_rng_state(), state) and model.training
 
 
-def test_answers_beside_one_prompt_score_as_in_rows_of_their_own():
-    """answer_logps on a packed row against sequence_logps on plain ones, gradients too, for one to
-    three answers a prompt and rows of different lengths."""
-    model, rng = tiny(), np.random.default_rng(0)
+@pytest.mark.parametrize("K", [1, 2, 3, 32])
+def test_completions_beside_one_prompt_score_as_in_rows_of_their_own(K):
+    """completion_logps of rows of different lengths against sequence_logps of plain ones, gradients too."""
+    model, rng = tiny(block_size=14), np.random.default_rng(K)
     draw = lambda low, high: rng.integers(11, size=rng.integers(low, high)).tolist()
-    for K in (1, 2, 3):
-        examples = [(draw(1, 6), *(draw(1, 7) for _ in range(K))) for _ in range(9)]
-        packed = model.answer_logps(*data.collate(examples))
-        plain = []
-        for prompt, *answers in examples:
-            for y in answers:
-                tokens, mask = torch.tensor([prompt + y]), torch.tensor([[False] * len(prompt) + [True] * len(y)])
-                plain.append(sequence_logps(model(tokens), tokens, mask))
-        plain = torch.cat(plain).view(9, K)
-        assert packed.shape == (9, K) and torch.allclose(packed, plain, atol=1e-10)
-        weights = torch.randn(9, K, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        gradients = [torch.autograd.grad((weights * logps).sum(), list(model.parameters()), retain_graph=True)
-                     for logps in (packed, plain)]
-        assert all(torch.allclose(a, b, atol=1e-10) for a, b in zip(*gradients))
+    examples = [(draw(1, 6), *(draw(1, 7) for _ in range(K))) for _ in range(9)]
+    together = model.completion_logps(*data.collate(examples))
+    alone = []
+    for prompt, *completions in examples:
+        for y in completions:
+            tokens, mask = torch.tensor([prompt + y]), torch.tensor([[False] * len(prompt) + [True] * len(y)])
+            alone.append(sequence_logps(model(tokens), tokens, mask))
+    alone = torch.cat(alone).view(9, K)
+    assert together.shape == (9, K) and together.dtype == torch.float64 and (together - alone).abs().max() < 1e-12
+    weights = torch.randn(9, K, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    gradients = [torch.cat([g.flatten() for g in torch.autograd.grad((weights * logps).sum(), list(model.parameters()))])
+                 for logps in (together, alone)]
+    assert (gradients[0] - gradients[1]).abs().max() < 1e-12 * gradients[1].abs().max()
 
 
-def test_logits_in_parts_give_the_same_log_probabilities_and_gradients(monkeypatch):
-    model, results = tiny(), []
-    batch = data.collate([([1, 2], [3, 4, EOS], [5, EOS]), ([1], [2, EOS], [3, 3, 3, EOS])])
-    for at_once in (2**26, 30, 1):  # all eleven positions, two of them, one
-        monkeypatch.setattr("model.LOGITS_AT_ONCE", at_once)
-        logps = model.answer_logps(*batch)
-        results.append([logps, *torch.autograd.grad(logps.sum(), list(model.parameters()))])
-    for parts in results[1:]:
-        assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-11) for a, b in zip(results[0], parts))
+def test_completion_logps_are_summed_in_float32_under_bfloat16():
+    model = tiny(torch.float32, vocab_size=50, block_size=300)
+    batch = data.collate([([1, 2], list(range(3, 50)) * 6)])
+    with torch.autocast("cpu", torch.bfloat16):
+        logps = model.completion_logps(*batch)
+        hidden = model.hidden(*batch[:2])
+        logits = torch.nn.functional.linear(hidden, model.wte.weight)
+    assert logps.dtype == torch.float32
+    assert logps.item() == pytest.approx(sequence_logps(logits, batch[0], batch[1] >= 2).item(), rel=1e-5)
+
+
+def test_the_cache_gives_the_activations_of_the_whole_row():
+    """Keys and values of earlier tokens, then one token at a time: what a forward pass of all gives."""
+    model, tokens = tiny(), torch.tensor([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]])
+    cache = {}
+    parts = [model.hidden(tokens[:, :3], cache=cache)]
+    for t in range(3, 6):
+        mask = torch.ones(2, 1, 1, t + 1, dtype=torch.bool)
+        parts.append(model.hidden(tokens[:, t:t + 1], torch.full((2, 1), t), mask, cache))
+    assert torch.allclose(torch.cat(parts, 1), model.hidden(tokens), atol=1e-12)
+
+
+def test_prompts_that_leave_no_room_are_refused():
+    with pytest.raises(ValueError, match="prompt and max_new_tokens to fit into block_size = 12, got 13"):
+        tiny().sample([[1], [1] * 9], 4, 1.0, EOS)
 
 
 def gpt2_weights(model):
@@ -211,13 +226,13 @@ def gpt2_weights(model):
 @pytest.mark.parametrize("prefix", ["", "transformer."])
 def test_gpt2s_published_weights_give_gpt2s_logits(prefix, tmp_path):
     """Read from a file by load: the shapes alone tell the size, heads have 64 channels."""
-    model = tiny(torch.float32, vocab_size=50, n_embd=128, n_layer=3, block_size=20)
+    model = tiny(torch.float32, vocab_size=50, n_embd=128, n_layer=3, block_size=20, tokenizer="gpt2")
     weights = {prefix + name: w for name, w in gpt2_weights(model).items()}
     if prefix:
         weights["lm_head.weight"] = model.wte.weight
     for legacy in (False, True):  # OpenAI's files are older than torch's zip format
         torch.save(weights, tmp_path / "w.bin", _use_new_zipfile_serialization=not legacy)
-        loaded = GPT.load(tmp_path / "w.bin", 50)
+        loaded = GPT.load(tmp_path / "w.bin")
         assert loaded.config == model.config and loaded.config.n_head == 2
         tokens = torch.randint(50, (4, 20), generator=torch.Generator().manual_seed(0))
         assert torch.equal(loaded(tokens), model(tokens))
@@ -229,18 +244,59 @@ def test_from_gpt2_takes_other_heads_by_name():
                        model.float().double()(torch.tensor([[1, 2]])))
 
 
-def test_weights_that_are_not_gpt2s_are_refused_in_one_line(tmp_path):
-    weights, path = gpt2_weights(tiny(torch.float32)), tmp_path / "w.bin"
-    missing, odd = dict(weights), dict(weights)
+def test_to_gpt2_has_the_published_names_and_shapes_and_from_gpt2_is_its_inverse():
+    """The names and shapes of GPT-2's files, for 768 channels and 2 of the 12 layers; there and back bit for bit."""
+    model = GPT(GPTConfig(50, 30, 2, 12, 768, "gpt2"))
+    block = {"ln_1.weight": [768], "ln_1.bias": [768], "attn.c_attn.weight": [768, 2304], "attn.c_attn.bias": [2304],
+             "attn.c_proj.weight": [768, 768], "attn.c_proj.bias": [768], "ln_2.weight": [768], "ln_2.bias": [768],
+             "mlp.c_fc.weight": [768, 3072], "mlp.c_fc.bias": [3072], "mlp.c_proj.weight": [3072, 768], "mlp.c_proj.bias": [768]}
+    published = {"wte.weight": [50, 768], "wpe.weight": [30, 768], "ln_f.weight": [768], "ln_f.bias": [768]}
+    published |= {f"h.{i}.{name}": shape for i in (0, 1) for name, shape in block.items()}
+    weights = model.to_gpt2()
+    assert {name: list(w.shape) for name, w in weights.items()} == {"lm_head.weight": [50, 768]} | {
+        "transformer." + name: shape for name, shape in published.items()}
+    assert torch.equal(weights["transformer.h.1.mlp.c_fc.weight"], model.h[1].mlp.c_fc.weight.T)
+    back = GPT.from_gpt2(weights)
+    assert back.config == model.config
+    assert all(torch.equal(a, b) for a, b in zip(back.state_dict().values(), model.state_dict().values()))
+    again = back.to_gpt2()
+    assert list(again) == list(weights) and all(torch.equal(again[name], w) for name, w in weights.items())
+
+
+def test_exported_weights_are_those_of_the_transformers_library():
+    """Where that library is installed: strict loading, and its logits are ours."""
+    transformers = pytest.importorskip("transformers", reason="the transformers library is not installed")
+    model = tiny(torch.float32, vocab_size=50, block_size=20, n_layer=3, n_head=4, n_embd=32)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=50, n_positions=20, n_layer=3, n_head=4, n_embd=32)).eval()
+    theirs.load_state_dict(model.to_gpt2(), strict=True)
+    tokens = torch.randint(50, (4, 20), generator=torch.Generator().manual_seed(0))
+    assert (theirs(tokens).logits - model(tokens)).abs().max() < 1e-4 * model(tokens).abs().max()
+
+
+def test_what_is_saved_is_loaded_with_its_sizes_and_the_tokenizers_name(tmp_path):
+    model = tiny(torch.float32, tokenizer="toy", n_head=4)
+    model.save(tmp_path / "m.pt")
+    loaded = GPT.load(tmp_path / "m.pt")
+    assert loaded.config == model.config and loaded.config.tokenizer == "toy"
+    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values()))
+
+
+def test_weights_that_are_not_gpt2s_or_ours_are_refused_in_one_line(tmp_path):
+    """Absurd configurations too: the tensors of the file decide before anything is built."""
+    model = tiny(torch.float32)
+    weights, path = gpt2_weights(model), tmp_path / "w.bin"
+    missing, odd, saved = dict(weights), dict(weights), {"config": vars(model.config), "model": model.state_dict()}
     del missing["h.1.ln_2.bias"]
     odd["h.0.mlp.c_fc.weight"] = torch.zeros(3, 3)
-    for wrong in (missing, odd, {}, [1, 2], torch.zeros(3), {"config": {"n": 1}}, {"config": 3, "model": {}}):
+    absurd = [saved | {"config": saved["config"] | change} for change in (
+        {"n_head": 0}, {"n_head": -2}, {"n_head": 2.0}, {"n_head": 3}, {"n_layer": 10**9}, {"n_layer": 1}, {"block_size": 10**12},
+        {"vocab_size": 12}, {"n_embd": 16}, {"n_head": None}, {"extra": 1})]
+    for wrong in (missing, odd, {}, [1, 2], torch.zeros(3), {"config": {"n": 1}}, {"config": 3, "model": {}}, *absurd,
+                  {"config": saved["config"]}, saved | {"model": {}}, saved | {"model": 3}):
         torch.save(wrong, path)
         with pytest.raises(ValueError, match="w.bin: not the weights of a GPT or of GPT-2"):
-            GPT.load(path, 11)
-    torch.save(weights, path)
-    with pytest.raises(ValueError, match="w.bin: expected a vocabulary of 299, the tokenizer's, got 11"):
-        GPT.load(path, 299)
+            GPT.load(path)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
