@@ -216,7 +216,8 @@ def split_pairs(texts, tokenizer, block_size, held_out, seed):
     ends = [tuple(prompt[-(block_size // 2):]) for prompt, _, _ in pairs]
     prompts, needed = sorted(set(ends)), 2 if held_out else 1
     if len(prompts) < needed:
-        raise ValueError(f"expected usable pairs of {needed} prompts or more, got {len(prompts)}")
+        found = "; ".join([str(len(prompts)), *(f"{n} {name}" for name, n in counts.items() if n)])
+        raise ValueError(f"expected usable pairs of {needed} prompts or more, got {found}")
     n = min(math.ceil(held_out * len(prompts)), len(prompts) - 1)
     out = {prompts[i] for i in np.random.default_rng(seed).permutation(len(prompts))[:n]}
     train, test = ([pair for pair, end in zip(pairs, ends) if (end in out) == side]

@@ -1,5 +1,13 @@
-"""Long tests run with `python -m pytest --slow`; without it they are skipped, and say so."""
+"""What tests share: one small run of the whole story. Long tests run with `python -m pytest --slow`."""
+import os
+import subprocess
+import sys
+
 import pytest
+import torch
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+torch.set_num_threads(1)  # the tests' products are so small that two threads would wait for each other
 
 
 def pytest_addoption(parser):
@@ -14,3 +22,11 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "slow" in item.keywords and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="long: run with --slow"))
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """One small run of the whole story, piped: (finished process, its folder)."""
+    out = tmp_path_factory.mktemp("small") / "out"
+    arguments = f"--sft_steps 700 --steps 500 --n_pairs 16384 --device cpu --out {out}".split()
+    return subprocess.run([sys.executable, os.path.join(ROOT, "train.py"), *arguments], capture_output=True, text=True), out
