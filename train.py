@@ -126,11 +126,12 @@ class Run:
         weights = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
         source = [open(os.path.join(os.path.dirname(data.__file__), name), "rb").read()
                   for name in ("dpo.py", "model.py", "data.py", "train.py")]
-        made_with = asdict(replace(cfg, out="", save_every=1, resume=False)) | {
+        elsewhere = "data", "init", "out", "save_every", "resume"
+        made_with = {k: v for k, v in asdict(cfg).items() if k not in elsewhere} | {
             "data": hashlib.sha256(repr(texts).encode()).hexdigest(),
             "init": hashlib.sha256(weights.numpy()).hexdigest(),
             "version": hashlib.sha256(b"".join(source)).hexdigest(),
-            "torch": torch.__version__, "threads": torch.get_num_threads()}
+            "torch": str(torch.__version__), "threads": torch.get_num_threads()}
         os.makedirs(cfg.out, exist_ok=True)
         self.cfg, self.file = cfg, open(metrics, "ab")
         try:
@@ -153,14 +154,14 @@ class Run:
     def load_state(self, made_with):
         """ValueError if it is of another run, or not a state at all."""
         self.state = load_checkpoint(self.path)
-        saved = self.state.get("made_with")
-        if not isinstance(saved, dict):
+        saved, written = self.state.get("made_with"), self.state.get("metrics")
+        if not isinstance(saved, dict) or type(written) is not int or written < 0:
             raise ValueError(f"{self.path}: not a state of this program")
         for name, value in made_with.items():
             if saved.get(name) != value:
                 raise ValueError(
                     f"{self.path}: made with {name} {saved.get(name)}, this run has {value}")
-        if not 0 <= self.state["metrics"] <= self.file.tell():
+        if written > self.file.tell():
             raise ValueError(f"{self.file.name}: shorter than when {self.path} was written")
 
     def train(self, stage, model, examples, loss_of, steps, peak, evaluate=dict):
@@ -169,7 +170,7 @@ class Run:
         optimizer, done = torch.optim.AdamW(model.parameters(), **ADAMW), 0
         try:
             if stage in self.state:
-                done = range(steps + 1)[self.state[stage]["step"]]
+                done = range(steps + 1).index(self.state[stage]["step"])
                 model.load_state_dict(self.state[stage]["model"])
                 if done < steps:
                     optimizer.load_state_dict(self.state[stage]["optimizer"])
@@ -186,7 +187,14 @@ class Run:
             self.write(stage=stage, step=step, **metrics,
                        **{f"eval/{name}": held_out[name] for name in COLUMNS[:2] if held_out})
             if step % self.cfg.save_every == 0 or step == steps or self.signal:
-                self.save(stage, step, model, optimizer if step < steps else None)
+                with torch.no_grad():
+                    if not loss_of(np.arange(len(examples))[:4])["loss"].isfinite().all():
+                        raise ValueError(f"step {step}: the loss after it is not finite; is the "
+                                         "learning rate too high?")
+                self.state |= {"metrics": self.file.tell(), stage: {
+                    "step": step, "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict() if step < steps else None}}
+                save_checkpoint(self.path, self.state)
             if due:
                 left = (time.perf_counter() - began) / (step - done) * (steps - step)
                 means = {name: np.mean([m[name] for m in recent]) for name in metrics}
@@ -199,15 +207,6 @@ class Run:
                 sys.exit(128 + self.signal)
         Run.training = False
         optimizer.zero_grad()  # frees the gradients; the moments go with the optimizer
-
-    def save(self, stage, step, model, optimizer):
-        if not all(p.isfinite().all() for p in model.parameters()):
-            raise ValueError(f"{stage} step {step}: a weight is not finite; is the learning rate "
-                             "too high?")
-        saved = {"step": step, "model": model.state_dict()}
-        self.state[stage] = saved | ({"optimizer": optimizer.state_dict()} if optimizer else {})
-        self.state["metrics"] = self.file.tell()
-        save_checkpoint(self.path, self.state)
 
     def write(self, **metrics):
         """A line of metrics.jsonl, in which nan is null. Raises OSError on a full disk."""
