@@ -37,11 +37,8 @@ WORTH = {  # of each adjective in each of the genres above
 MALFORMED = -7  # the worst review, " awful awful awful", is worth -6
 MAX_NEW_TOKENS = 4  # three words and EOS
 TYPICAL = {  # adjectives that people use three times as often as the others, good or bad
-    "comedy": ("funny", "silly", "dull"),
-    "thriller": ("tense", "loud", "slow"),
-    "romance": ("tender", "silly", "slow"),
-    "documentary": ("honest", "slow", "dull"),
-}
+    "comedy": ("funny", "silly", "dull"), "thriller": ("tense", "loud", "slow"),
+    "romance": ("tender", "silly", "slow"), "documentary": ("honest", "slow", "dull")}
 LENGTHS = (0.2, 0.3, 0.5)  # fractions of the corpus that have one, two and three words
 OPENINGS = ("Last night", "On Friday", "After dinner", "With friends", "At home")
 VERBS = ("we saw a", "I watched a", "they showed a", "she chose a", "you missed a")
@@ -52,7 +49,7 @@ WELL_FORMED = frozenset(REVIEWS)
 FIGURES = {  # of exact_figures, as a report prints them
     "reward": "E[r]", "kl": "KL(π‖π_ref), nats", "objective": "E[r] - β KL(π‖π_ref)",
     "valid": "P(well-formed)", "win_rate": "P(worth more than π_ref's)",
-    "accuracy": "labels predicted", "loss": "DPO loss, nats", "margin": "implicit reward margin",
+    "accuracy": "labels predicted", "margin": "implicit reward margin", "loss": "DPO loss, nats",
     "chosen_change": "Δ log π(chosen), nats", "rejected_change": "Δ log π(rejected), nats"}
 
 
@@ -118,9 +115,10 @@ def exact_figures(logps, ref_logps, rewards, beta):
         wins += p_x @ (gaps.sign() + 1) @ ref_x / 2 / len(p)
         weights = (ref_x[:, None] * ref_x * gaps.sigmoid()).fill_diagonal_(0)  # row is chosen
         margins = beta * (change[:, None] - change)
+        chosen, rejected = weights.sum(1) @ change, weights.sum(0) @ change
         total += weights.sum()
-        means += torch.stack([(weights * value).sum() for value in (
-            (margins.sign() + 1) / 2, -F.logsigmoid(margins), margins, change[:, None], change)])
+        means += torch.stack([(weights * (margins.sign() + 1)).sum() / 2, (weights * margins).sum(),
+                              -(weights * F.logsigmoid(margins)).sum(), chosen, rejected])
     values = (reward, kl, reward - beta * kl, p[:, :-1].sum(-1).mean(), wins, *(means / total))
     return {name: float(value) for name, value in zip(FIGURES, values)}
 
@@ -170,20 +168,15 @@ def read_jsonl(path):
     pairs = []
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
             try:
-                pair = json.loads(line.decode("utf-8-sig"))
-                if not isinstance(pair, dict):
-                    raise ValueError("expected a JSON object")
-                for key in "prompt", "chosen", "rejected":
-                    if not isinstance(pair.get(key), str) or "\0" in pair[key]:
-                        raise ValueError(f"expected {key} to be text without NUL")
-                if not pair["prompt"].strip():
-                    raise ValueError("expected prompt not to be empty")
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}:{number}: {error}") from None
-            pairs.append((pair["prompt"], pair["chosen"], pair["rejected"]))
+                if line.strip():
+                    pair = json.loads(line.decode("utf-8-sig"))
+                    pairs.append(tuple(pair[key] for key in ("prompt", "chosen", "rejected")))
+                    if not pairs[-1][0] or any(type(text) is not str for text in pairs[-1]):
+                        raise ValueError("not three texts, or no prompt")
+            except (KeyError, TypeError, ValueError, RecursionError) as error:
+                raise ValueError(f'{path}:{number}: expected {{"prompt": "…", "chosen": "…", '
+                                 f'"rejected": "…"}}, got {error!r}') from None
     if not pairs:
         raise ValueError(f"{path}: expected a pair, got an empty file")
     return pairs
@@ -193,11 +186,11 @@ def split_pairs(texts, tokenizer, block_size, held_out, seed):
     """[(prompt, chosen, rejected)] in text -> the same in ids, (to train on, held out, counts).
 
     Dropped: pairs with an empty completion, with two identical ones, or with one longer than half
-    of block_size. A prompt that does not fit loses its first tokens. A fraction held_out of the
-    prompts is held out, each with all of its pairs; prompts are one if they end in the same tokens,
-    half of block_size of them, which every cut leaves. Repetitions and contradictions stay in.
+    of block_size. A prompt that does not fit loses its first tokens. Repetitions and contradictions
+    stay in. Each prompt is held out with probability held_out, with all of its pairs; prompts are
+    one if they end in the same tokens, half of block_size of them, which every cut leaves.
     """
-    pairs, seen, counts = [], set(), collections.Counter()
+    train, test, seen, counts = [], [], set(), collections.Counter()
     for x, y_w, y_l in texts:
         (prompt, chosen), (_, rejected) = (encode(tokenizer, x, y) for y in (y_w, y_l))
         room = block_size - max(len(chosen), len(rejected))
@@ -212,17 +205,12 @@ def split_pairs(texts, tokenizer, block_size, held_out, seed):
             counts["that repeat an earlier pair"] += (x, y_w, y_l) in seen
             counts["that contradict an earlier pair"] += (x, y_l, y_w) in seen
             seen.add((x, y_w, y_l))
-            pairs.append((prompt[-room:], chosen, rejected))
-    ends = [tuple(prompt[-(block_size // 2):]) for prompt, _, _ in pairs]
-    prompts, needed = sorted(set(ends)), 2 if held_out else 1
-    if len(prompts) < needed:
-        found = "; ".join([str(len(prompts)), *(f"{n} {name}" for name, n in counts.items() if n)])
-        raise ValueError(f"expected usable pairs of {needed} prompts or more, got {found}")
-    n = min(math.ceil(held_out * len(prompts)), len(prompts) - 1)
-    out = {prompts[i] for i in np.random.default_rng(seed).permutation(len(prompts))[:n]}
-    train, test = ([pair for pair, end in zip(pairs, ends) if (end in out) == side]
-                   for side in (False, True))
-    return train, test, {"to train on": len(train), "held out": len(test)} | counts
+            luck = np.random.default_rng([seed, *prompt[-(block_size // 2):]]).random()
+            (test if luck < held_out else train).append((prompt[-room:], chosen, rejected))
+    counts = {"to train on": len(train), "held out": len(test)} | counts
+    if not train:
+        raise ValueError(f"expected a pair to train on, got {counts}")
+    return train, test, counts
 
 
 def collate(examples, device="cpu"):

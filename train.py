@@ -10,6 +10,7 @@ Writes into --out: sft.pt, dpo.pt, metrics.jsonl with every step's metrics, stat
 Read it from main(), at the end.
 """
 import argparse
+import contextlib
 import copy
 import hashlib
 import itertools
@@ -21,6 +22,7 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -32,7 +34,12 @@ from model import GPT, GPTConfig, MAX_TOKENS, load_checkpoint, save_checkpoint
 ADAMW = {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}
 PAPER = {"sft_learning_rate": 1e-5, "learning_rate": 1e-6, "beta": 0.1}  # defaults with --init
 MAY_BE_0 = "held_out", "sft_steps", "label_smoothing", "seed"  # other numbers are above 0
-COLUMNS = "loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected"
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+COLUMNS = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected",
+           "eval/loss", "eval/rewards/accuracies")
+HEADER = """
+                                                             held-out pairs left
+         step     loss accuracy   margin   chosen rejected     loss accuracy sec"""
 
 
 def option(default, help, group=None, choices=None):  # group: a heading in --help, from here on
@@ -43,25 +50,25 @@ def option(default, help, group=None, choices=None):  # group: a heading in --he
 class Config:
     data: str = option("", "JSONL file of prompt, chosen, rejected; else the toy world", "data")
     held_out: float = option(0.1, "fraction of the prompts of --data to hold out, below 1")
-    n_pairs: int = option(32768, "preference pairs to sample in the toy world")
-    n_reviews: int = option(20000, "reviews in the SFT corpus of the toy world")
-    tokenizer: str = option("auto", "auto: that of --init, else gpt2 with --data, else toy",
+    tokenizer: str = option("auto", "of --data: toy, gpt2, or auto, that of --init and else gpt2",
                             choices=("auto", "toy", "gpt2"))
     block_size: int = option(256, "longest prompt with its completion, in tokens")
+    n_pairs: int = option(32768, "preference pairs to sample in the toy world")
+    n_reviews: int = option(20000, "reviews in the SFT corpus of the toy world")
     init: str = option("", "checkpoint to start from, or GPT-2's pytorch_model.bin", "model")
-    n_layer: int = option(2, "transformer blocks, without --init")
-    n_head: int = option(2, "attention heads in a block, without --init")
+    n_layer: int = option(1, "transformer blocks, without --init")
+    n_head: int = option(4, "attention heads in a block, without --init")
     n_embd: int = option(64, "channels, a multiple of n_head, without --init")
     sft_steps: int = option(1000, "steps, one batch each; 0 for none", "SFT")
-    sft_learning_rate: float = option(2e-3, "peak learning rate; with --init 1e-5")
+    sft_learning_rate: float = option(4e-3, "peak learning rate; with --init 1e-5")
     steps: int = option(1000, "steps, one batch each", "DPO")
     learning_rate: float = option(1e-3, "peak learning rate; with --init 1e-6")
     beta: float = option(1.0, "strength of the KL penalty; with --init 0.1")
     label_smoothing: float = option(0.0, "fraction of labels believed flipped, below 0.5")
     batch_size: int = option(64, "texts (SFT) or pairs (DPO) in a batch", "run")
     grad_accum: int = option(1, "parts in which a batch is run, to save memory")
-    device: str = option("auto", "auto: the GPU if there is one", choices=("auto", "cpu", "cuda"))
-    dtype: str = option("auto", "of matrix products; auto: float32 on a CPU, 16 bits on a GPU",
+    device: str = option(DEVICES[-1], "cpu, or cuda, the default with a GPU", choices=DEVICES)
+    dtype: str = option("auto", "of matrix products; auto: float32 on a CPU, bfloat16 on a GPU",
                         choices=("auto", "float32", "bfloat16", "float16"))
     seed: int = option(0, "seed of weights, data, samples and batches")
     out: str = option("out", "folder for checkpoints and metrics")
@@ -69,21 +76,14 @@ class Config:
     resume: bool = option(False, "continue from the state in --out, if there is one")
 
     def __post_init__(self):
-        """Raise ValueError if a value is impossible; replace auto by what this machine has."""
         for f in fields(self):
             value, may_be_0 = getattr(self, f.name), f.name in MAY_BE_0
             if f.type in (int, float) and not (0 < value < math.inf or value == 0 and may_be_0):
                 low = "at least" if may_be_0 else "above"
                 raise ValueError(f"expected {f.name} to be {low} 0, got {value}")
-        if self.held_out >= 1:
-            raise ValueError(f"expected held_out to be below 1, got {self.held_out}")
         dpo_loss(*torch.zeros(4, 1), self.beta, label_smoothing=self.label_smoothing)  # checks both
-        gpu = torch.cuda.is_available()
-        if self.device == "cuda" and not gpu:
-            raise ValueError("expected a GPU for --device cuda, found none")
-        half = "bfloat16" if gpu and torch.cuda.is_bf16_supported(False) else "float16"
-        self.device = self.device.replace("auto", "cuda" if gpu else "cpu")
-        self.dtype = self.dtype.replace("auto", "float32" if self.device == "cpu" else half)
+        if self.dtype == "auto":
+            self.dtype = "float32" if self.device == "cpu" else "bfloat16"
 
 
 def parse_config(arguments=None):
@@ -111,58 +111,51 @@ def fail(message):
 class Run:
     """The folder --out: metrics.jsonl, and state.pt, from which --resume continues bit for bit.
 
-    A state holds the step, the weights and the optimizer of each stage. It holds no random state:
+    A state holds the metrics so far and each stage's step, weights and optimizer. No random state:
     samples, labels and batches are drawn again from the seed, and come out the same.
     """
-    training, signal = False, None  # the signal that asked for an end while a stage was training
+    stop = None  # while a stage is training: 0, or the signal that asked for its end
 
     def __init__(self, cfg, model, texts):
         """Open --out for a run of cfg that begins with this model and these texts."""
-        names = "metrics.jsonl", "state.pt", "sft.pt", "dpo.pt"
-        outputs = metrics, self.path, *_ = [f"{cfg.out}/{name}" for name in names]
+        files = [Path(cfg.out, name) for name in ("metrics.jsonl", "state.pt", "sft.pt", "dpo.pt")]
         for path in cfg.data, cfg.init:
-            if path and os.path.realpath(path) in map(os.path.realpath, outputs):
+            if path and Path(path).resolve() in [file.resolve() for file in files]:
                 raise ValueError(f"{path}: this run would overwrite it; choose another --out")
         weights = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
-        source = [open(os.path.join(os.path.dirname(data.__file__), name), "rb").read()
+        source = [Path(data.__file__).with_name(name).read_bytes()
                   for name in ("dpo.py", "model.py", "data.py", "train.py")]
-        elsewhere = "data", "init", "out", "save_every", "resume"
-        made_with = {k: v for k, v in asdict(cfg).items() if k not in elsewhere} | {
-            "data": hashlib.sha256(repr(texts).encode()).hexdigest(),
-            "init": hashlib.sha256(weights.numpy()).hexdigest(),
+        made_with = asdict(replace(cfg, data="", init="", out="", save_every=1, resume=False)) | {
+            "texts": hashlib.sha256(repr(texts).encode()).hexdigest(),
+            "weights": hashlib.sha256(weights.numpy()).hexdigest(),
             "version": hashlib.sha256(b"".join(source)).hexdigest(),
             "torch": str(torch.__version__), "threads": torch.get_num_threads()}
-        os.makedirs(cfg.out, exist_ok=True)
-        self.cfg, self.file = cfg, open(metrics, "ab")
-        try:
-            import fcntl  # which Windows lacks
+        files[0].parent.mkdir(parents=True, exist_ok=True)
+        self.cfg, self.path, self.file = cfg, files[1], open(files[0], "a")
+        with contextlib.suppress(ImportError):  # Windows has no fcntl
+            import fcntl
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends
-        except ImportError:
-            pass
-        except BlockingIOError:
-            raise ValueError(f"{metrics}: another run is writing to it") from None
-        self.state = {"made_with": made_with, "metrics": 0}
-        if cfg.resume and os.path.exists(self.path):
+        self.state = {"made_with": made_with, "metrics": []}
+        if cfg.resume and self.path.exists():
             self.load_state(made_with)
-        elif self.file.tell() or any(map(os.path.exists, outputs[1:])):
-            shutil.copyfile(metrics, f"{metrics}.old")  # the file itself stays open and locked
-            for path in filter(os.path.exists, outputs[1:]):
-                os.replace(path, f"{path}.old")
+        elif any(file.exists() and file.stat().st_size for file in files):
+            shutil.copyfile(files[0], f"{files[0]}.old")  # the file itself stays open and locked
+            for file in filter(Path.exists, files[1:]):
+                file.replace(f"{file}.old")
             print(f"{cfg.out}: the files of an earlier run are now called ….old")
-        self.file.truncate(self.state["metrics"])
+        self.file.truncate(0)
+        self.file.writelines(self.state["metrics"])
 
     def load_state(self, made_with):
         """ValueError if it is of another run, or not a state at all."""
         self.state = load_checkpoint(self.path)
-        saved, written = self.state.get("made_with"), self.state.get("metrics")
-        if not isinstance(saved, dict) or type(written) is not int or written < 0:
+        parts = self.state.get("made_with"), self.state.get("metrics")
+        if [type(part) for part in parts] != [dict, list]:
             raise ValueError(f"{self.path}: not a state of this program")
         for name, value in made_with.items():
-            if saved.get(name) != value:
-                raise ValueError(
-                    f"{self.path}: made with {name} {saved.get(name)}, this run has {value}")
-        if written > self.file.tell():
-            raise ValueError(f"{self.file.name}: shorter than when {self.path} was written")
+            saved = self.state["made_with"].get(name)
+            if saved != value:
+                raise ValueError(f"{self.path}: made with {name} {saved}, this run has {value}")
 
     def train(self, stage, model, examples, loss_of, steps, peak, evaluate=dict):
         """Fit what is left of a stage. Ten times print the means of the metrics since the last time
@@ -170,54 +163,45 @@ class Run:
         optimizer, done = torch.optim.AdamW(model.parameters(), **ADAMW), 0
         try:
             if stage in self.state:
-                done = range(steps + 1).index(self.state[stage]["step"])
-                model.load_state_dict(self.state[stage]["model"])
-                if done < steps:
-                    optimizer.load_state_dict(self.state[stage]["optimizer"])
+                done, weights, moments = self.state[stage]
+                model.load_state_dict(weights)
+                optimizer.load_state_dict(moments)
         except Exception:
             raise ValueError(f"{self.path}: not a state of this program") from None
-        if done < steps:
-            print("\n         step      loss  accuracy    margin    chosen  rejected   left")
+        print(HEADER)
         lengths = [sum(map(len, example)) for example in examples]
-        Run.training, began, recent = True, time.perf_counter(), []
+        Run.stop, began, recent = 0, time.perf_counter(), []
         for step, metrics in fit(model, optimizer, lengths, loss_of, steps, peak, self.cfg, done):
             recent.append(metrics)
             due = step % max(1, steps // 10) == 0 or step == steps
             held_out = evaluate() if due else {}
-            self.write(stage=stage, step=step, **metrics,
-                       **{f"eval/{name}": held_out[name] for name in COLUMNS[:2] if held_out})
-            if step % self.cfg.save_every == 0 or step == steps or self.signal:
+            self.write(stage=stage, step=step, **metrics, **held_out)
+            if step % self.cfg.save_every == 0 or step == steps or Run.stop:
                 with torch.no_grad():
                     if not loss_of(np.arange(len(examples))[:4])["loss"].isfinite().all():
                         raise ValueError(f"step {step}: the loss after it is not finite; is the "
                                          "learning rate too high?")
-                self.state |= {"metrics": self.file.tell(), stage: {
-                    "step": step, "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict() if step < steps else None}}
+                self.state[stage] = step, model.state_dict(), optimizer.state_dict()
                 save_checkpoint(self.path, self.state)
             if due:
+                means = {name: np.mean([m[name] for m in recent]) for name in metrics} | held_out
                 left = (time.perf_counter() - began) / (step - done) * (steps - step)
-                means = {name: np.mean([m[name] for m in recent]) for name in metrics}
-                print_row(f"{stage:4}{f'{step}/{steps}':>9}", means, f"{left:6.0f}s")
-                if held_out:
-                    print_row("     held out", held_out)
+                print(f"{stage:4}{f'{step}/{steps}':>9}" + "".join(
+                    f"{means[name]:9.3f}" if name in means else " " * 9 for name in COLUMNS)
+                    + f"{left:4.0f}", flush=True)
                 recent = []
-            if self.signal:
+            if Run.stop:
                 print(f"\nstopped after {stage} step {step}; --resume continues from there")
-                sys.exit(128 + self.signal)
-        Run.training = False
+                sys.exit(128 + Run.stop)
+        Run.stop = None
         optimizer.zero_grad()  # frees the gradients; the moments go with the optimizer
 
     def write(self, **metrics):
         """A line of metrics.jsonl, in which nan is null. Raises OSError on a full disk."""
         metrics = {name: None if value != value else value for name, value in metrics.items()}
-        self.file.write((json.dumps(metrics) + "\n").encode())
+        self.state["metrics"].append(json.dumps(metrics) + "\n")
+        self.file.write(self.state["metrics"][-1])
         self.file.flush()
-
-
-def print_row(label, metrics, end=""):
-    cells = (f"{metrics[name]:10.3f}" if name in metrics else " " * 10 for name in COLUMNS)
-    print(label + "".join(cells) + end, flush=True)
 
 
 def learning_rate(step, steps, peak):
@@ -242,13 +226,12 @@ def fit(model, optimizer, lengths, loss_of, steps, peak, cfg, start=0):
     for step, batch in enumerate(batches, start + 1):
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak)
         optimizer.zero_grad()
-        results = []
+        sums = 0
         for part in np.array_split(batch, min(cfg.grad_accum, len(batch))):
-            result = loss_of(part)
-            scaler.scale(result["loss"].sum() / len(batch)).backward()  # in all, the batch's mean
-            results.append({name: value.detach() for name, value in result.items()})
-        metrics = {name: torch.cat([result[name] for result in results]).mean().item()
-                   for name in results[0]}
+            results = loss_of(part)
+            scaler.scale(results["loss"].sum() / len(batch)).backward()  # in all, the batch's mean
+            sums += torch.stack([value.detach().sum() for value in results.values()])
+        metrics = dict(zip(results, (sums / len(batch)).tolist()))
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         if not (math.isfinite(metrics["loss"]) and (scaler.is_enabled() or norm.isfinite())):
@@ -280,8 +263,8 @@ def score(model, examples, cfg):
 
 
 def pair_metrics(policy_logps, ref_logps, cfg):
-    """The DPO loss and the field's metrics from log π(y|x) of pairs under the policy and under the
-    reference, (b, 2) each: the chosen completion, then the rejected. Returns {name: (b,)}."""
+    """The DPO loss and the field's metrics of pairs, {name: (b,)}, from log π(y|x) under the policy
+    and under the reference: (b, 2) each, the chosen completion, then the rejected."""
     policy_chosen_logps, policy_rejected_logps = policy_logps.unbind(1)
     ref_chosen_logps, ref_rejected_logps = ref_logps.unbind(1)
     losses, chosen_rewards, rejected_rewards = dpo_loss(
@@ -291,7 +274,8 @@ def pair_metrics(policy_logps, ref_logps, cfg):
                               policy_chosen_logps, policy_rejected_logps)
 
 
-def means(metrics):
+def mean_metrics(policy, reference, pairs, cfg):
+    metrics = pair_metrics(score(policy, pairs, cfg), score(reference, pairs, cfg), cfg)
     return {name: value.mean().item() for name, value in metrics.items()}
 
 
@@ -303,18 +287,18 @@ def sample(model, prompts, max_new_tokens, cfg, tokenizer):
 
 def make_pairs(sft, prompts, cfg, tokenizer):
     """Sample y1, y2 ~ π_SFT(·|x) and let the labeller choose: [(prompt, chosen, rejected)] ids."""
-    n, texts = cfg.n_pairs, [prompts[i % len(prompts)] for i in range(cfg.n_pairs)]
+    texts = [prompts[i % len(prompts)] for i in range(cfg.n_pairs)]
     ids = [tokenizer.encode_ordinary(x) for x in texts]
     both = sample(sft, ids + ids, data.MAX_NEW_TOKENS, cfg, tokenizer)
-    rewards = np.array([data.reward(x, data.decode(tokenizer, y))
-                        for x, y in zip(texts + texts, both)])
-    wins = data.prefers_first(rewards[:n], rewards[n:], np.random.default_rng((cfg.seed, 2)))
-    pairs = [(x, y1, y2) if first_wins else (x, y2, y1)
-             for x, y1, y2, first_wins in zip(ids, both[:n], both[n:], wins) if y1 != y2]
+    rewards = [data.reward(x, data.decode(tokenizer, y)) for x, y in zip(texts + texts, both)]
+    rewards = np.array(rewards).reshape(2, -1)  # of the first and of the second completion
+    wins = data.prefers_first(*rewards, np.random.default_rng((cfg.seed, 2)))
+    pairs = [(x, y1, y2) if first_wins else (x, y2, y1) for x, y1, y2, first_wins in zip(
+        ids, both[:cfg.n_pairs], both[cfg.n_pairs:], wins) if y1 != y2]
     if not pairs:
         raise ValueError("expected pairs of different samples, but each pair's two are identical")
-    malformed = np.sum(np.minimum(rewards[:n], rewards[n:]) == data.MALFORMED)
-    print(f"\n{n:,} pairs: {n - len(pairs):,} identical dropped, {malformed:,} hold malformed text")
+    print(f"\n{cfg.n_pairs:,} pairs: {cfg.n_pairs - len(pairs):,} identical dropped, "
+          f"{(rewards.min(0) == data.MALFORMED).sum():,} hold malformed text")
     return pairs
 
 
@@ -328,42 +312,38 @@ def outcome_logps(model, prompts, cfg, tokenizer):
     return torch.cat([logps, rest], dim=-1)
 
 
-def report_exactly(sft, policy, prompts, cfg, tokenizer):
-    """Print the exact figures of SFT, DPO and the optimum of RLHF (Eq. 4). Returns them, the
-    prompts in ids and the length of a sample."""
+def report_exactly(reference, policy, prompts, cfg, tokenizer):
+    """Print the exact figures of SFT, DPO and the optimum of RLHF (Eq. 4). Returns them by name,
+    the prompts in ids and the length of a sample."""
     rewards = data.outcome_rewards(prompts)
-    ref_logps, dpo_logps = (outcome_logps(m, prompts, cfg, tokenizer) for m in (sft, policy))
-    best_logps = optimal_logps(ref_logps, rewards, cfg.beta)
-    rows = {name: data.exact_figures(logps, ref_logps, rewards, cfg.beta)
-            for name, logps in (("sft", ref_logps), ("dpo", dpo_logps), ("optimum", best_logps))}
+    sft, dpo = (outcome_logps(model, prompts, cfg, tokenizer) for model in (reference, policy))
+    rows = {name: data.exact_figures(logps, sft, rewards, cfg.beta) for name, logps in (
+        ("sft", sft), ("dpo", dpo), ("optimum", optimal_logps(sft, rewards, cfg.beta)))}
     start, reached, best = (row["objective"] for row in rows.values())
-    correlations = [torch.corrcoef(torch.stack([change, r])[:, :-1])[0, 1].item()
-                    for change, r in zip(dpo_logps - ref_logps, rewards)]
-    summary = {"objective_share": (reached - start) / (best - start) if best > start else math.nan,
-               "kl_to_optimum": (dpo_logps.exp() * (dpo_logps - best_logps)).sum(-1).mean().item(),
-               "implicit_reward_correlation": np.mean(correlations).item()}
+    correlations = [torch.corrcoef(torch.stack([change, r])[:, :-1])[0, 1]
+                    for change, r in zip(dpo - sft, rewards)]
+    figures = {"objective_share": (reached - start) / (best - start) if best > start else math.nan,
+               "kl_to_optimum": (best - reached) / cfg.beta,  # what a policy lacks is β KL(π‖π*)
+               "implicit_reward_correlation": torch.stack(correlations).mean().item()}
     print(f"\n{len(prompts)} held-out prompts, exact        SFT       DPO   OPTIMUM")
     for figure, label in data.FIGURES.items():
         print(f"{label:28}" + "".join(f"{row[figure]:10.4f}" for row in rows.values()))
     print("DPO has {objective_share:.1%} of what the objective can gain over SFT; KL(π‖π*) is "
           "{kl_to_optimum:.4f} nats.\nIts implicit reward and the true reward correlate at "
-          "{implicit_reward_correlation:.4f}.".format(**summary))
-    summary |= {f"{name}/{figure}": row[figure] for name, row in rows.items() for figure in row}
-    return summary, [tokenizer.encode_ordinary(x) for x in prompts], data.MAX_NEW_TOKENS
+          "{implicit_reward_correlation:.4f}.".format(**figures))
+    figures |= {f"{name}/{figure}": row[figure] for name, row in rows.items() for figure in row}
+    return figures, [tokenizer.encode_ordinary(x) for x in prompts], data.MAX_NEW_TOKENS
 
 
-def report_on_pairs(sft, policy, pairs, cfg, tokenizer):
-    """The same for held-out pairs; KL(π‖π_ref) and its standard error are from one sample to each
-    of at most 64 prompts."""
-    began, ref_logps = time.perf_counter(), score(sft, pairs, cfg)
-    figures = means(pair_metrics(score(policy, pairs, cfg), ref_logps, cfg))
-    for name in "chosen", "rejected":
-        figures[f"logps/{name}_change"] = figures[f"rewards/{name}"] / cfg.beta
+def report_on_pairs(reference, policy, pairs, cfg, tokenizer):
+    """The same for held-out pairs: their metrics, and KL(π‖π_ref) with its standard error from one
+    sample to each of at most 64 prompts."""
+    began, figures = time.perf_counter(), mean_metrics(policy, reference, pairs, cfg)
     longest = max(len(y) for _, *completions in pairs for y in completions)
     prompts = dict.fromkeys(tuple(x[longest - cfg.block_size:]) for x, _, _ in pairs)
     prompts = [list(x) for x in prompts][:64]
     samples = list(zip(prompts, sample(policy, prompts, longest, cfg, tokenizer)))
-    log_ratios, n = score(policy, samples, cfg) - score(sft, samples, cfg), len(samples)
+    log_ratios, n = score(policy, samples, cfg) - score(reference, samples, cfg), len(samples)
     figures["kl"] = log_ratios.mean().item()
     figures["kl_error"] = log_ratios.std().item() / n ** 0.5 if n > 1 else math.nan
     print(f"\n{len(pairs)} held-out pairs (before DPO: loss 0.693, accuracies 0.5, margins 0)")
@@ -373,44 +353,41 @@ def report_on_pairs(sft, policy, pairs, cfg, tokenizer):
     return figures, prompts, longest
 
 
-def show_samples(sft, policy, prompts, max_new_tokens, cfg, tokenizer):
-    """Print two completions each of SFT and DPO to three prompts."""
-    prompts = prompts[:3]
-    drawn = {name: sample(model, prompts * 2, max_new_tokens, cfg, tokenizer)
-             for name, model in (("SFT", sft), ("DPO", policy))}
-    for i, prompt in enumerate(prompts):
+def show_samples(reference, policy, prompts, max_new_tokens, cfg, tokenizer):
+    """Print a completion of SFT and one of DPO to each of four prompts."""
+    prompts = prompts[:4]
+    before, after = (sample(model, prompts, max_new_tokens, cfg, tokenizer)
+                     for model in (reference, policy))
+    for prompt, y, better_y in zip(prompts, before, after):
         print(f"\n{tokenizer.decode(prompt)!r:.80}")
-        for name, completions in drawn.items():
-            for y in completions[i::len(prompts)]:
-                print(f"    {name} {data.decode(tokenizer, y)!r:.71}")
+        print(f"    SFT {data.decode(tokenizer, y)!r:.71}")
+        print(f"    DPO {data.decode(tokenizer, better_y)!r:.71}")
 
 
 def first_model(cfg):
-    """The model to begin with and its tokenizer. ValueError where --init and the flags disagree."""
+    """The model to start from, and its tokenizer. ValueError where --init is not what flags say."""
     model = GPT.load(cfg.init) if cfg.init else None
-    own = model.config.tokenizer if model else "gpt2" if cfg.data else "toy"
-    name = own if cfg.tokenizer == "auto" else cfg.tokenizer
-    if not cfg.data and name != "toy":
-        raise ValueError(f"expected --data with the tokenizer {name}; the toy world has its own")
+    name = cfg.tokenizer
+    if name == "auto":
+        name = model.config.tokenizer if model else "gpt2"
+    name = name if cfg.data else "toy"
     tokenizer = data.get_tokenizer(name)
     if model is None:
         sizes = cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd
-        return GPT(GPTConfig(tokenizer.n_vocab, *sizes, name)), tokenizer
-    if (own, model.config.vocab_size) != (name, tokenizer.n_vocab):
-        raise ValueError(f"{cfg.init}: made for the {model.config.vocab_size} tokens of {own}, "
-                         f"expected the {tokenizer.n_vocab} of {name}")
-    if cfg.block_size > model.config.block_size:
-        raise ValueError(f"{cfg.init}: expected block_size to be at most "
-                         f"{model.config.block_size}, got {cfg.block_size}")
+        model = GPT(GPTConfig(tokenizer.n_vocab, *sizes, name))
+    has = model.config.tokenizer, model.config.vocab_size, model.config.block_size
+    if has[:2] != (name, tokenizer.n_vocab) or has[2] < cfg.block_size:
+        raise ValueError(f"{cfg.init}: tokenizer {has[0]}, {has[1]} tokens, block_size {has[2]}; "
+                         f"expected {name}, {tokenizer.n_vocab} and {cfg.block_size} or more")
     return model, tokenizer
 
 
 def toy_world(cfg, texts, tokenizer):
-    """What a run needs: corpus, held-out prompts, pairs as a function of the SFT model, report."""
+    """What a run needs: corpus, pairs as a function of the SFT model, held-out prompts, report."""
     prompts, held_out = texts
     reviews = data.corpus(prompts, cfg.n_reviews, np.random.default_rng((cfg.seed, 0)))
     corpus = [data.encode(tokenizer, x, y) for x, y in reviews]
-    return corpus, held_out, lambda sft: make_pairs(sft, prompts, cfg, tokenizer), report_exactly
+    return corpus, lambda sft: make_pairs(sft, prompts, cfg, tokenizer), held_out, report_exactly
 
 
 def own_pairs(cfg, texts, tokenizer):
@@ -418,7 +395,7 @@ def own_pairs(cfg, texts, tokenizer):
     pairs, held_out, counts = data.split_pairs(
         texts, tokenizer, cfg.block_size, cfg.held_out, cfg.seed)
     print("pairs:", *(f"{n:10,} {name}" for name, n in counts.items()), sep="\n")
-    return [(x, chosen) for x, chosen, _ in pairs], held_out, lambda sft: pairs, report_on_pairs
+    return [(x, chosen) for x, chosen, _ in pairs], lambda sft: pairs, held_out, report_on_pairs
 
 
 def main(arguments=None):
@@ -426,18 +403,19 @@ def main(arguments=None):
     torch.manual_seed(cfg.seed)
     texts = data.read_jsonl(cfg.data) if cfg.data else data.prompts()
     sft, tokenizer = first_model(cfg)
-    world = own_pairs if cfg.data else toy_world
-    corpus, held_out, pairs_of, report = world(cfg, texts, tokenizer)
+    build = own_pairs if cfg.data else toy_world
+    corpus, pairs_of, held_out, report = build(cfg, texts, tokenizer)
     if sum(p.numel() for p in sft.parameters()) < 2**20:
         torch.set_num_threads(1)  # several would wait for each other more than they compute
     run = Run(cfg, sft, texts)
     sft.to(cfg.device)
 
     # 1. Supervised fine-tuning: maximum likelihood on what people write, or on what they preferred.
-    tokens = np.mean([len(y) for _, y in corpus])  # a constant: it does not change the maximum
+    tokens = np.mean([len(y) for _, y in corpus])
 
-    def sft_loss(batch):  # in nats per token
-        return {"loss": -logps_of(sft, [corpus[i] for i in batch], cfg)[:, 0] / tokens}
+    def sft_loss(batch):
+        logps = logps_of(sft, [corpus[i] for i in batch], cfg)[:, 0]  # (b,)
+        return {"loss": -logps / tokens}  # nats per token
 
     run.train("SFT", sft, corpus, sft_loss, cfg.sft_steps, cfg.sft_learning_rate)
     sft.save(f"{cfg.out}/sft.pt")
@@ -447,20 +425,19 @@ def main(arguments=None):
 
     # 3. The reference is the SFT model. Its log-probabilities are constants: once is enough.
     reference = sft.requires_grad_(False)
-    ref_logps = score(reference, pairs, cfg)
+    ref_logps = score(reference, pairs, cfg)  # (n, 2)
 
     # 4. DPO, on a copy.
     policy = copy.deepcopy(reference).requires_grad_(True)
 
     def dpo_metrics(batch):
-        policy_logps = logps_of(policy, [pairs[i] for i in batch], cfg)
+        policy_logps = logps_of(policy, [pairs[i] for i in batch], cfg)  # (b, 2)
         return pair_metrics(policy_logps, ref_logps[batch], cfg)
 
-    few = held_out[::len(held_out) // 32 + 1] if cfg.data else []  # at most 32 held-out pairs
-    few_ref_logps = score(reference, few, cfg) if few else None
-
     def evaluate():
-        return means(pair_metrics(score(policy, few, cfg), few_ref_logps, cfg)) if few else {}
+        few = held_out[::len(held_out) // 32 + 1] if cfg.data else []  # at most 32 pairs
+        metrics = mean_metrics(policy, reference, few, cfg) if few else {}
+        return {f"eval/{name}": value for name, value in metrics.items()}
 
     run.train("DPO", policy, pairs, dpo_metrics, cfg.steps, cfg.learning_rate, evaluate)
     policy.save(f"{cfg.out}/dpo.pt")
@@ -474,13 +451,12 @@ def main(arguments=None):
 
 
 def interrupt(number, frame):
-    """Ctrl-C and SIGTERM: a training step ends and is saved; anything else ends at once, as it does
-    at the second signal."""
-    signal.signal(number, signal.SIG_DFL)
-    os.write(2, b"\nstopping\n")
-    if not Run.training:
+    """Ctrl-C and SIGTERM: a training step ends and is saved; a second one, or one elsewhere, ends
+    the program at once."""
+    if Run.stop != 0:
         sys.exit(128 + number)
-    Run.signal = number
+    Run.stop = number
+    os.write(2, b"\nstopping after this step\n")
 
 
 if __name__ == "__main__":
@@ -491,6 +467,8 @@ if __name__ == "__main__":
         main()
     except BrokenPipeError:  # python train.py | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BlockingIOError:
+        fail("another run is writing to --out")
     except OSError as error:
         fail(f"{error.filename}: {error.strerror.lower()}" if error.filename else error)
     except (MemoryError, OverflowError, RuntimeError, ValueError) as error:
