@@ -22,8 +22,8 @@ TRANSPOSED = "c_attn.weight", "c_proj.weight", "c_fc.weight"  # in GPT-2's publi
 class GPTConfig:
     vocab_size: int
     block_size: int = 256  # longest text, in tokens
-    n_layer: int = 2
-    n_head: int = 2
+    n_layer: int = 1
+    n_head: int = 4
     n_embd: int = 64
     tokenizer: str = ""  # the name of the vocabulary that the ids belong to
 

@@ -111,8 +111,8 @@ def fail(message):
 class Run:
     """The folder --out: metrics.jsonl, and state.pt, from which --resume continues bit for bit.
 
-    A state holds the metrics so far and each stage's step, weights and optimizer. No random state:
-    samples, labels and batches are drawn again from the seed, and come out the same.
+    A state holds the metrics so far, each stage's step and weights, and the optimizer of the one in
+    training. No random state: samples, labels and batches come out the same again from the seed.
     """
     stop = None  # while a stage is training: 0, or the signal that asked for its end
 
@@ -163,12 +163,15 @@ class Run:
         optimizer, done = torch.optim.AdamW(model.parameters(), **ADAMW), 0
         try:
             if stage in self.state:
-                done, weights, moments = self.state[stage]
+                step, weights, moments = self.state[stage]
+                done = range(steps + 1).index(step)
                 model.load_state_dict(weights)
-                optimizer.load_state_dict(moments)
+                if done < steps:
+                    optimizer.load_state_dict(moments)
         except Exception:
             raise ValueError(f"{self.path}: not a state of this program") from None
-        print(HEADER)
+        if done < steps:
+            print(HEADER)
         lengths = [sum(map(len, example)) for example in examples]
         Run.stop, began, recent = 0, time.perf_counter(), []
         for step, metrics in fit(model, optimizer, lengths, loss_of, steps, peak, self.cfg, done):
@@ -181,7 +184,8 @@ class Run:
                     if not loss_of(np.arange(len(examples))[:4])["loss"].isfinite().all():
                         raise ValueError(f"step {step}: the loss after it is not finite; is the "
                                          "learning rate too high?")
-                self.state[stage] = step, model.state_dict(), optimizer.state_dict()
+                moments = optimizer.state_dict() if step < steps else None
+                self.state[stage] = step, model.state_dict(), moments
                 save_checkpoint(self.path, self.state)
             if due:
                 means = {name: np.mean([m[name] for m in recent]) for name in metrics} | held_out

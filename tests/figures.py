@@ -12,17 +12,18 @@ import time
 
 SEEDS = 0, 1, 2
 ROWS = (
-    ("E[r] of SFT", lambda r: r["report/sft/reward"]),
-    ("E[r] of DPO", lambda r: r["report/dpo/reward"]),
-    ("highest E[r] of any policy at DPO's KL", lambda r: r["report/limit/reward"]),
-    ("E[r] of DPO as a share of that limit", lambda r: r["report/dpo/reward"] / r["report/limit/reward"]),
-    ("KL(π‖π_ref), nats", lambda r: r["report/dpo/kl"]),
-    ("probability on well-formed reviews, SFT", lambda r: r["report/sft/valid"]),
-    ("probability on well-formed reviews, DPO", lambda r: r["report/dpo/valid"]),
-    ("win rate of DPO against SFT", lambda r: r["report/dpo/win_rate"]),
+    ("E[r]: SFT", lambda r: r["report/sft/reward"]),
+    ("E[r]: DPO", lambda r: r["report/dpo/reward"]),
+    ("E[r]: the optimum of RLHF", lambda r: r["report/optimum/reward"]),
+    ("KL(π‖π_ref), nats: DPO", lambda r: r["report/dpo/kl"]),
+    ("KL(π‖π_ref), nats: the optimum", lambda r: r["report/optimum/kl"]),
+    ("objective E[r] − β KL: share of the possible gain over SFT", lambda r: r["report/objective_share"]),
+    ("KL(π‖π*), nats: from DPO to the optimum", lambda r: r["report/kl_to_optimum"]),
+    ("probability of well-formed reviews: SFT", lambda r: r["report/sft/valid"]),
+    ("probability of well-formed reviews: DPO", lambda r: r["report/dpo/valid"]),
+    ("wins of DPO against SFT", lambda r: r["report/dpo/win_rate"]),
     ("correlation of implicit and true reward", lambda r: r["report/implicit_reward_correlation"]),
-    ("held-out preference accuracy", lambda r: r["report/dpo/accuracy"]),
-    ("held-out preference accuracy as a share of the Bayes accuracy", lambda r: r["report/dpo/accuracy"] / r["report/limit/accuracy"]),
+    ("accuracy over that of the true reward", lambda r: r["report/dpo/accuracy"] / r["report/optimum/accuracy"]),
     ("wall time, seconds", lambda r: r["seconds"]),
 )
 

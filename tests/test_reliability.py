@@ -221,7 +221,7 @@ def test_a_state_of_another_run_is_refused_by_the_name_of_the_difference(whole, 
     sft = state["SFT"]
     (out / "metrics.jsonl").write_text("".join(state["metrics"]))  # a resumed run writes its report anew
     for wrong in ({}, {"made_with": 3}, state | {"metrics": "x"}, state | {"metrics": -1}, state | {"SFT": 3}, state | {"SFT": ()},
-                  state | {"SFT": (40, sft[1])}, state | {"SFT": (40, {}, sft[2])}, state | {"SFT": (40, sft[1], {})},
+                  state | {"SFT": (40, sft[1])}, state | {"SFT": (40, {}, sft[2])}, state | {"SFT": (39, sft[1], {})}, state | {"SFT": (99, *sft[1:])}, state | {"SFT": (-1, *sft[1:])}, state | {"SFT": (2.5, *sft[1:])},
                   {name: part for name, part in state.items() if name != "metrics"}):
         save_checkpoint(out / "state.pt", wrong)
         assert "state.pt: not a state of this program" in refused(), wrong.keys()

@@ -308,9 +308,12 @@ def test_after_sft_the_reference_is_frozen_and_its_gradients_and_optimizer_are_g
         return {}, [[1]], 1
     monkeypatch.setattr(train, "make_pairs", watched)
     monkeypatch.setattr(train, "report_exactly", report)
+    runs, opened = [], train.Run.__init__
+    monkeypatch.setattr(train.Run, "__init__", lambda self, *rest: runs.append(self) or opened(self, *rest))
     gc.collect()
     train.main([*TINY, "--out", str(tmp_path)])
     assert seen == {"optimizers": [], "gradients": [], "trainable": [False, True]}
+    assert runs[0].state["SFT"][2] is runs[0].state["DPO"][2] is None  # nor are its moments kept for the state
 
 
 def test_reference_scores_follow_their_pair_through_the_shuffle():
