@@ -54,8 +54,8 @@ FIGURES = {  # of exact_figures, as a report prints them
 
 
 def prompts():
-    """All prompts, (80 to train on, 20 held out). Of a held-out phrasing training sees both parts,
-    the opening and the verb, but never together."""
+    """All prompts, (80 to train on, 20 held out). Training sees the opening and the verb of each
+    held-out phrasing, but never together."""
     train, held_out = [], []
     for i, opening in enumerate(OPENINGS):
         for j, verb in enumerate(VERBS):
@@ -91,8 +91,8 @@ def reward(prompt, completion):
 
 def prefers_first(first_rewards, second_rewards, rng):
     """A noisy human (Bradley-Terry, Eq. 1): True with probability σ(r_1 - r_2). Arrays (n,)."""
-    gap = np.asarray(first_rewards, float) - np.asarray(second_rewards, float)
-    return rng.random(gap.shape) < 1 / (1 + np.exp(-gap))
+    gap = np.asarray(first_rewards) - np.asarray(second_rewards)
+    return rng.random(len(gap)) < 1 / (1 + np.exp(-gap))
 
 
 def outcome_rewards(prompts):
@@ -105,7 +105,7 @@ def exact_figures(logps, ref_logps, rewards, beta):
 
     Means over y ~ π: reward, kl (a lower bound of that between texts, as malformed text is one
     outcome), objective (Eq. 3), valid, win_rate against y' ~ π_ref (a tie counts ½). The rest are
-    means over pairs of two different y, y' ~ π_ref with noisy labels (Eq. 1), as in training.
+    means over labelled pairs (Eq. 1) of two different outcomes y, y' ~ π_ref: loss is Eq. 7.
     """
     p, ref, changes = logps.exp(), ref_logps.exp(), logps - ref_logps
     reward, kl = (p * rewards).sum(-1).mean().item(), (p * changes).sum(-1).mean().item()
@@ -187,8 +187,8 @@ def split_pairs(texts, tokenizer, block_size, held_out, seed):
 
     Dropped: pairs with an empty completion, with two identical ones, or with one longer than half
     of block_size. A prompt that does not fit loses its first tokens. Repetitions and contradictions
-    stay in. Each prompt is held out with probability held_out, with all of its pairs; prompts are
-    one if they end in the same tokens, half of block_size of them, which every cut leaves.
+    stay in. Each prompt is held out with probability held_out, with all of its pairs; prompts with
+    the same last block_size // 2 tokens count as one, since a cut always leaves that many.
     """
     train, test, seen, counts = [], [], set(), collections.Counter()
     for x, y_w, y_l in texts:
@@ -220,9 +220,9 @@ def collate(examples, device="cpu"):
         positions   0    1    2   3  4    5     6   7     8     9  6   7    8   0
         segments    0    0    0   0  0    0     1   1     1     1  2   2    2   0
 
-    A row is a prompt and its completions side by side. Each completion begins with the prompt's
-    last token, which predicts its first. A token attends to segment 0 and to its own segment;
-    scored are all tokens of segments 1 to K but the first of each.
+    A row is a prompt and its completions side by side. The prompt's last token is repeated before
+    each completion, because it predicts the first token. A token attends to segment 0 and to its
+    own segment; scored are all tokens of segments 1 to K but the first of each.
     """
     T = max(sum(map(len, example)) + len(example) - 2 for example in examples)
     batch = np.zeros((len(examples), 3, T), np.int64)
@@ -239,7 +239,7 @@ def batches(lengths, batch_size, seed):
     """Arrays of example numbers, endlessly: each epoch holds every example once, in a new order.
 
     Batches hold examples of similar lengths (bucketed by length // 8), so that little is padding,
-    and are of even size, batch_size at most, so that none of an epoch counts more than another.
+    and their sizes differ by one at most, so that no example of an epoch counts much more.
     """
     rng, lengths = np.random.default_rng(seed), np.asarray(lengths)
     while True:

@@ -3,7 +3,7 @@
 
 Copy this file into your project: it needs torch and nothing else.
 
-    logps = sequence_logps(model(tokens), tokens, mask)  # chosen and rejected, policy and reference
+    logps = sequence_logps(model(tokens), tokens, mask)  # four times: see the four names below
     losses, chosen_rewards, rejected_rewards = dpo_loss(policy_chosen_logps, policy_rejected_logps,
                                                         ref_chosen_logps, ref_rejected_logps, beta)
     losses.mean().backward()
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 def sequence_logps(logits, tokens, mask):
     """Log-probability of each row's scored tokens, log π(y|x) = Σ_t log π(y_t | x, y_<t).
 
-    logits (B, T, V)  what the model returns for tokens, as it is: not shifted, no softmax
+    logits (B, T, V)  the model's for these tokens, raw: not shifted, no softmax
     tokens (B, T)     the ids that went in: prompt, completion, EOS, then padding
     mask   (B, T)     True on exactly the tokens to score, the completion and its EOS; False on
                       prompt and padding. Make it from lengths: EOS and padding may share an id.
@@ -65,8 +65,8 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_r
 
     four log-probabilities (B,)  nats, from sequence_logps, the reference's under torch.no_grad()
     beta             > 0, in reward per nat. Larger keeps the optimum nearer to the reference.
-    label_smoothing  ε in [0, 0.5): the fraction of labels believed flipped; the loss is then
-                     -(1-ε) log σ(r̂_w - r̂_l) - ε log σ(r̂_l - r̂_w)
+    label_smoothing  ε in [0, 0.5): the fraction of labels believed flipped, not in the paper. Then
+                     loss = -(1-ε) log σ(r̂_w - r̂_l) - ε log σ(r̂_l - r̂_w)  ("conservative DPO")
     returns (losses, chosen_rewards, rejected_rewards), each (B,), one entry a pair; train on
                      losses.mean(). The rewards carry β and no gradient.
     raises ValueError if shapes differ, the reference has a gradient or an option is out of range
@@ -82,7 +82,7 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_r
         raise ValueError("expected reference log-probabilities without gradient, which must not be "
                          "trained: compute them under torch.no_grad()")
     if not 0 < beta < float("inf"):
-        raise ValueError(f"expected beta > 0, got {beta}")
+        raise ValueError(f"expected a finite beta > 0, got {beta}")
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"expected label_smoothing in [0, 0.5), got {label_smoothing}")
     chosen_rewards = beta * (policy_chosen_logps - ref_chosen_logps)
@@ -97,7 +97,7 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_r
 def preference_metrics(losses, chosen_rewards, rejected_rewards, chosen_logps, rejected_logps):
     """What the field logs, by the names it uses. Five (B,) in, a dict of (B,) out: log the means.
 
-    loss                                nats, the one that carries the gradient
+    loss                                nats; train on its mean, the rest is detached
     rewards/chosen, rewards/rejected    implicit rewards, β times nats
     rewards/margins                     chosen minus rejected
     rewards/accuracies                  1 where the margin is above 0, ½ where it is 0: a policy
@@ -124,7 +124,7 @@ def optimal_logps(ref_logps, rewards, beta):
     ref_logps, rewards (..., K)  over all K completions of a prompt; beta > 0
     returns (..., K)             nats; log_softmax subtracts log Z(x), Z = Σ_y π_ref(y|x) exp(r/β)
 
-    The DPO loss has the same optimum if the labels follow Bradley-Terry with rewards r (Eq. 1).
+    The expected DPO loss has the same optimum if labels are Bradley-Terry with rewards r (Eq. 1).
     Worked value: π_ref (½, ½), rewards (ln 3, 0), β = 1: π* = (¾, ¼).
     """
     return torch.log_softmax(ref_logps + rewards / beta, dim=-1)

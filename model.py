@@ -2,8 +2,8 @@
 """GPT-2's network (Radford et al. 2019), small and from scratch: tokens in, logits out; sampling.
 
 B rows, T tokens, C channels, nh heads of size hs, V vocabulary, K completions a row, N positions.
-Different from GPT-2 as published: no dropout. A policy that drops units and a reference that does
-not would disagree before the first step, and the DPO loss would not start at ln 2.
+No dropout: a policy that drops units and a reference that does not would disagree before the
+first step, and the DPO loss would not start at ln 2.
 """
 import os
 import zipfile
@@ -45,7 +45,7 @@ class Attention(nn.Module):
         B, T, C = x.shape
         q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
                    for part in self.c_attn(x).split(C, dim=-1))
-        if cache is not None:  # each layer keeps the keys and values of all tokens so far
+        if cache is not None:  # keyed by layer: keys and values of all tokens so far
             if self in cache:
                 k, v = torch.cat([cache[self][0], k], 2), torch.cat([cache[self][1], v], 2)
             cache[self] = k, v

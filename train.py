@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""From a corpus to preferences, as in the DPO paper: SFT -> pairs -> reference -> DPO -> report.
+"""From a corpus to preferences, the DPO paper's road: SFT -> pairs -> reference -> DPO -> report.
 
-    python train.py                        # the toy world: under a minute on two CPU cores
+    python train.py                        # the toy world: half a minute on a CPU core
     python train.py --beta 0.5 --seed 1    # every setting is a flag: python train.py --help
     python train.py --data pairs.jsonl --init pytorch_model.bin    # your own pairs, from GPT-2
 
@@ -32,14 +32,14 @@ from dpo import dpo_loss, optimal_logps, preference_metrics
 from model import GPT, GPTConfig, MAX_TOKENS, load_checkpoint, save_checkpoint
 
 ADAMW = {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}
-PAPER = {"sft_learning_rate": 1e-5, "learning_rate": 1e-6, "beta": 0.1}  # defaults with --init
+WITH_INIT = {"sft_learning_rate": 1e-5, "learning_rate": 1e-6, "beta": 0.1}  # defaults for GPT-2
 MAY_BE_0 = "held_out", "sft_steps", "label_smoothing", "seed"  # other numbers are above 0
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 COLUMNS = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected",
            "eval/loss", "eval/rewards/accuracies")
 HEADER = """
-                                                             held-out pairs left
-         step     loss accuracy   margin   chosen rejected     loss accuracy sec"""
+                                                              held-out pairs
+         step     loss accuracy   margin   chosen rejected     loss accuracy ETA"""
 
 
 def option(default, help, group=None, choices=None):  # group: a heading in --help, from here on
@@ -49,8 +49,8 @@ def option(default, help, group=None, choices=None):  # group: a heading in --he
 @dataclass
 class Config:
     data: str = option("", "JSONL file of prompt, chosen, rejected; else the toy world", "data")
-    held_out: float = option(0.1, "fraction of the prompts of --data to hold out, below 1")
-    tokenizer: str = option("auto", "of --data: toy, gpt2, or auto, that of --init and else gpt2",
+    held_out: float = option(0.1, "fraction of the prompts of --data to hold out")
+    tokenizer: str = option("auto", "tokenizer for --data; auto: that of --init, without it gpt2",
                             choices=("auto", "toy", "gpt2"))
     block_size: int = option(256, "longest prompt with its completion, in tokens")
     n_pairs: int = option(32768, "preference pairs to sample in the toy world")
@@ -68,7 +68,7 @@ class Config:
     batch_size: int = option(64, "texts (SFT) or pairs (DPO) in a batch", "run")
     grad_accum: int = option(1, "parts in which a batch is run, to save memory")
     device: str = option(DEVICES[-1], "cpu, or cuda, the default with a GPU", choices=DEVICES)
-    dtype: str = option("auto", "of matrix products; auto: float32 on a CPU, bfloat16 on a GPU",
+    dtype: str = option("auto", "type in matrix products; auto: bfloat16 on a GPU, else float32",
                         choices=("auto", "float32", "bfloat16", "float16"))
     seed: int = option(0, "seed of weights, data, samples and batches")
     out: str = option("out", "folder for checkpoints and metrics")
@@ -81,6 +81,8 @@ class Config:
             if f.type in (int, float) and not (0 < value < math.inf or value == 0 and may_be_0):
                 low = "at least" if may_be_0 else "above"
                 raise ValueError(f"expected {f.name} to be {low} 0, got {value}")
+        if self.block_size < 16:
+            raise ValueError(f"expected block_size to be at least 16, got {self.block_size}")
         dpo_loss(*torch.zeros(4, 1), self.beta, label_smoothing=self.label_smoothing)  # checks both
         if self.dtype == "auto":
             self.dtype = "float32" if self.device == "cpu" else "bfloat16"
@@ -99,7 +101,7 @@ def parse_config(arguments=None):
         shown = f" (default: {f.default})" if f.type in (int, float) else ""
         section.add_argument(f"--{f.name}", default=f.default, help=text + shown, **kind)
     if parser.parse_args(arguments).init:
-        parser.set_defaults(**PAPER)
+        parser.set_defaults(**WITH_INIT)
     return Config(**vars(parser.parse_args(arguments)))
 
 
@@ -109,12 +111,12 @@ def fail(message):
 
 
 class Run:
-    """The folder --out: metrics.jsonl, and state.pt, from which --resume continues bit for bit.
+    """The folder --out: metrics.jsonl, and state.pt, from which --resume continues.
 
     A state holds the metrics so far, each stage's step and weights, and the optimizer of the one in
     training. No random state: samples, labels and batches come out the same again from the seed.
     """
-    stop = None  # while a stage is training: 0, or the signal that asked for its end
+    stop = None  # None: not training; 0: training; else the signal that asks to stop
 
     def __init__(self, cfg, model, texts):
         """Open --out for a run of cfg that begins with this model and these texts."""
@@ -153,13 +155,12 @@ class Run:
         if [type(part) for part in parts] != [dict, list]:
             raise ValueError(f"{self.path}: not a state of this program")
         for name, value in made_with.items():
-            saved = self.state["made_with"].get(name)
-            if saved != value:
-                raise ValueError(f"{self.path}: made with {name} {saved}, this run has {value}")
+            if self.state["made_with"].get(name) != value:
+                raise ValueError(f"{self.path}: made with another {name}")
 
-    def train(self, stage, model, examples, loss_of, steps, peak, evaluate=dict):
-        """Fit what is left of a stage. Ten times print the means of the metrics since the last time
-        and those of evaluate(); save every save_every steps, at the end and on a signal."""
+    def train(self, stage, model, examples, loss_of, steps, peak, evaluate=lambda: {}):
+        """Fit what is left of a stage. After each tenth print its mean metrics and those of
+        evaluate(); save every save_every steps, at the end and on a signal."""
         optimizer, done = torch.optim.AdamW(model.parameters(), **ADAMW), 0
         try:
             if stage in self.state:
@@ -192,7 +193,7 @@ class Run:
                 left = (time.perf_counter() - began) / (step - done) * (steps - step)
                 print(f"{stage:4}{f'{step}/{steps}':>9}" + "".join(
                     f"{means[name]:9.3f}" if name in means else " " * 9 for name in COLUMNS)
-                    + f"{left:4.0f}", flush=True)
+                    + f"{left:3.0f}s", flush=True)
                 recent = []
             if Run.stop:
                 print(f"\nstopped after {stage} step {step}; --resume continues from there")
@@ -201,15 +202,16 @@ class Run:
         optimizer.zero_grad()  # frees the gradients; the moments go with the optimizer
 
     def write(self, **metrics):
-        """A line of metrics.jsonl, in which nan is null. Raises OSError on a full disk."""
-        metrics = {name: None if value != value else value for name, value in metrics.items()}
+        """Add a line to metrics.jsonl. A figure that is not finite becomes null, as JSON wants."""
+        metrics = {name: None if isinstance(value, float) and not math.isfinite(value) else value
+                   for name, value in metrics.items()}
         self.state["metrics"].append(json.dumps(metrics) + "\n")
         self.file.write(self.state["metrics"][-1])
         self.file.flush()
 
 
 def learning_rate(step, steps, peak):
-    """For step 1 … steps: up to the peak in the first tenth, then down to 0 along a cosine."""
+    """For step 1 … steps: up to the peak in the first tenth, then along a cosine towards 0."""
     warmup = math.ceil(steps / 10)
     if step <= warmup:
         return peak * step / warmup
@@ -217,13 +219,13 @@ def learning_rate(step, steps, peak):
 
 
 def fit(model, optimizer, lengths, loss_of, steps, peak, cfg, start=0):
-    """The training loop, a generator: yields (step, metrics) after each step of the optimizer.
+    """The training loop, a generator: yields (step, mean metrics of the batch) after each step.
 
     lengths  tokens of each example, for batches of similar lengths
     loss_of  an array of b example numbers -> {name: (b,)}, of which "loss" carries the gradient
     steps    steps in all, of which start are done; peak is the highest learning rate
     cfg      batch_size, grad_accum, seed, device, dtype
-    metrics  means over the batch, floats. ValueError if the loss or its gradient is not finite.
+    raises ValueError if the loss or its gradient is not finite, before the weights change
     """
     scaler = torch.amp.GradScaler(cfg.device, enabled=cfg.dtype == "float16")
     batches = itertools.islice(data.batches(lengths, cfg.batch_size, cfg.seed), start, steps)
@@ -233,7 +235,7 @@ def fit(model, optimizer, lengths, loss_of, steps, peak, cfg, start=0):
         sums = 0
         for part in np.array_split(batch, min(cfg.grad_accum, len(batch))):
             results = loss_of(part)
-            scaler.scale(results["loss"].sum() / len(batch)).backward()  # in all, the batch's mean
+            scaler.scale(results["loss"].sum() / len(batch)).backward()  # parts add up to the mean
             sums += torch.stack([value.detach().sum() for value in results.values()])
         metrics = dict(zip(results, (sums / len(batch)).tolist()))
         scaler.unscale_(optimizer)
@@ -318,7 +320,7 @@ def outcome_logps(model, prompts, cfg, tokenizer):
 
 def report_exactly(reference, policy, prompts, cfg, tokenizer):
     """Print the exact figures of SFT, DPO and the optimum of RLHF (Eq. 4). Returns them by name,
-    the prompts in ids and the length of a sample."""
+    the prompts in ids and max_new_tokens for samples."""
     rewards = data.outcome_rewards(prompts)
     sft, dpo = (outcome_logps(model, prompts, cfg, tokenizer) for model in (reference, policy))
     rows = {name: data.exact_figures(logps, sft, rewards, cfg.beta) for name, logps in (
@@ -327,14 +329,14 @@ def report_exactly(reference, policy, prompts, cfg, tokenizer):
     correlations = [torch.corrcoef(torch.stack([change, r])[:, :-1])[0, 1]
                     for change, r in zip(dpo - sft, rewards)]
     figures = {"objective_share": (reached - start) / (best - start) if best > start else math.nan,
-               "kl_to_optimum": (best - reached) / cfg.beta,  # what a policy lacks is β KL(π‖π*)
+               "kl_to_optimum": (best - reached) / cfg.beta,  # best - reached = β KL(π‖π*)
                "implicit_reward_correlation": torch.stack(correlations).mean().item()}
     print(f"\n{len(prompts)} held-out prompts, exact        SFT       DPO   OPTIMUM")
     for figure, label in data.FIGURES.items():
         print(f"{label:28}" + "".join(f"{row[figure]:10.4f}" for row in rows.values()))
-    print("DPO has {objective_share:.1%} of what the objective can gain over SFT; KL(π‖π*) is "
-          "{kl_to_optimum:.4f} nats.\nIts implicit reward and the true reward correlate at "
-          "{implicit_reward_correlation:.4f}.".format(**figures))
+    print("DPO reaches {objective_share:.1%} of the possible gain of the objective over SFT.\n"
+          "KL(π‖π*) is {kl_to_optimum:.4f} nats. Over all reviews implicit and true reward\n"
+          "correlate at {implicit_reward_correlation:.4f}.".format(**figures))
     figures |= {f"{name}/{figure}": row[figure] for name, row in rows.items() for figure in row}
     return figures, [tokenizer.encode_ordinary(x) for x in prompts], data.MAX_NEW_TOKENS
 
@@ -371,14 +373,13 @@ def show_samples(reference, policy, prompts, max_new_tokens, cfg, tokenizer):
 def first_model(cfg):
     """The model to start from, and its tokenizer. ValueError where --init is not what flags say."""
     model = GPT.load(cfg.init) if cfg.init else None
-    name = cfg.tokenizer
+    name = cfg.tokenizer if cfg.data else "toy"
     if name == "auto":
         name = model.config.tokenizer if model else "gpt2"
-    name = name if cfg.data else "toy"
     tokenizer = data.get_tokenizer(name)
     if model is None:
         sizes = cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd
-        model = GPT(GPTConfig(tokenizer.n_vocab, *sizes, name))
+        return GPT(GPTConfig(tokenizer.n_vocab, *sizes, name)), tokenizer
     has = model.config.tokenizer, model.config.vocab_size, model.config.block_size
     if has[:2] != (name, tokenizer.n_vocab) or has[2] < cfg.block_size:
         raise ValueError(f"{cfg.init}: tokenizer {has[0]}, {has[1]} tokens, block_size {has[2]}; "
@@ -386,46 +387,38 @@ def first_model(cfg):
     return model, tokenizer
 
 
-def toy_world(cfg, texts, tokenizer):
-    """What a run needs: corpus, pairs as a function of the SFT model, held-out prompts, report."""
-    prompts, held_out = texts
-    reviews = data.corpus(prompts, cfg.n_reviews, np.random.default_rng((cfg.seed, 0)))
-    corpus = [data.encode(tokenizer, x, y) for x, y in reviews]
-    return corpus, lambda sft: make_pairs(sft, prompts, cfg, tokenizer), held_out, report_exactly
-
-
-def own_pairs(cfg, texts, tokenizer):
-    """The same from a file of pairs: the corpus is what was preferred, pairs are held out."""
-    pairs, held_out, counts = data.split_pairs(
-        texts, tokenizer, cfg.block_size, cfg.held_out, cfg.seed)
-    print("pairs:", *(f"{n:10,} {name}" for name, n in counts.items()), sep="\n")
-    return [(x, chosen) for x, chosen, _ in pairs], lambda sft: pairs, held_out, report_on_pairs
-
-
 def main(arguments=None):
     cfg = parse_config(arguments)
     torch.manual_seed(cfg.seed)
     texts = data.read_jsonl(cfg.data) if cfg.data else data.prompts()
     sft, tokenizer = first_model(cfg)
-    build = own_pairs if cfg.data else toy_world
-    corpus, pairs_of, held_out, report = build(cfg, texts, tokenizer)
+    if cfg.data:
+        pairs, held_out, counts = data.split_pairs(
+            texts, tokenizer, cfg.block_size, cfg.held_out, cfg.seed)
+        corpus = [(x, chosen) for x, chosen, _ in pairs]
+        print("pairs:", *(f"{n:10,} {name}" for name, n in counts.items()), sep="\n")
+    else:
+        prompts, held_out = texts
+        reviews = data.corpus(prompts, cfg.n_reviews, np.random.default_rng((cfg.seed, 1)))
+        corpus = [data.encode(tokenizer, x, y) for x, y in reviews]
     if sum(p.numel() for p in sft.parameters()) < 2**20:
         torch.set_num_threads(1)  # several would wait for each other more than they compute
     run = Run(cfg, sft, texts)
     sft.to(cfg.device)
 
     # 1. Supervised fine-tuning: maximum likelihood on what people write, or on what they preferred.
-    tokens = np.mean([len(y) for _, y in corpus])
+    mean_length = np.mean([len(y) for _, y in corpus])
 
     def sft_loss(batch):
         logps = logps_of(sft, [corpus[i] for i in batch], cfg)[:, 0]  # (b,)
-        return {"loss": -logps / tokens}  # nats per token
+        return {"loss": -logps / mean_length}  # in nats per token, on average
 
     run.train("SFT", sft, corpus, sft_loss, cfg.sft_steps, cfg.sft_learning_rate)
-    sft.save(f"{cfg.out}/sft.pt")
+    sft.save(Path(cfg.out, "sft.pt"))
 
-    # 2. Preferences: two samples of that model to a prompt; a simulated, noisy human picks one.
-    pairs = pairs_of(sft)
+    # 2. Preferences, from the file or: of two samples of that model a simulated human picks one.
+    if not cfg.data:
+        pairs = make_pairs(sft, prompts, cfg, tokenizer)
 
     # 3. The reference is the SFT model. Its log-probabilities are constants: once is enough.
     reference = sft.requires_grad_(False)
@@ -439,24 +432,24 @@ def main(arguments=None):
         return pair_metrics(policy_logps, ref_logps[batch], cfg)
 
     def evaluate():
-        few = held_out[::len(held_out) // 32 + 1] if cfg.data else []  # at most 32 pairs
-        metrics = mean_metrics(policy, reference, few, cfg) if few else {}
+        metrics = mean_metrics(policy, reference, held_out[:32], cfg)
         return {f"eval/{name}": value for name, value in metrics.items()}
 
-    run.train("DPO", policy, pairs, dpo_metrics, cfg.steps, cfg.learning_rate, evaluate)
-    policy.save(f"{cfg.out}/dpo.pt")
+    run.train("DPO", policy, pairs, dpo_metrics, cfg.steps, cfg.learning_rate,
+              *([evaluate] if cfg.data and held_out else []))
+    policy.save(Path(cfg.out, "dpo.pt"))
 
     # 5. What came out, on held-out prompts: in the toy world, against the truth.
     if held_out:
-        cfg = replace(cfg, dtype="float32")
+        cfg, report = replace(cfg, dtype="float32"), report_on_pairs if cfg.data else report_exactly
         figures, prompts, longest = report(reference, policy, held_out, cfg, tokenizer)
         run.write(**{f"report/{name}": value for name, value in figures.items()})
         show_samples(reference, policy, prompts, longest, cfg, tokenizer)
 
 
 def interrupt(number, frame):
-    """Ctrl-C and SIGTERM: a training step ends and is saved; a second one, or one elsewhere, ends
-    the program at once."""
+    """Ctrl-C or SIGTERM: the first one while training lets the step end and be saved; any other
+    ends the program at once."""
     if Run.stop != 0:
         sys.exit(128 + number)
     Run.stop = number

@@ -117,8 +117,8 @@ def test_a_hopeless_pair_has_a_finite_loss_and_gradient(dtype):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"beta": 0.0}, "expected beta > 0, got 0.0"), ({"beta": -1.0}, "expected beta > 0, got -1.0"),
-    ({"beta": math.nan}, "expected beta > 0, got nan"), ({"beta": math.inf}, "got inf"),
+    ({"beta": 0.0}, "expected a finite beta > 0, got 0.0"), ({"beta": -1.0}, "expected a finite beta > 0, got -1.0"),
+    ({"beta": math.nan}, "expected a finite beta > 0, got nan"), ({"beta": math.inf}, "got inf"),
     ({"label_smoothing": 0.5}, "got 0.5"), ({"label_smoothing": -0.1}, "got -0.1"),
     ({"ref_chosen_logps": torch.zeros(3, 1)}, r"\(3,\), \(3,\), \(3, 1\), \(3,\)")])
 def test_dpo_loss_refuses_bad_arguments(change, message):

@@ -160,7 +160,7 @@ def test_half_precision_trains_with_float32_weights_and_reports_in_float32(tmp_p
     (["--label_smoothing", "-0.1"], "expected label_smoothing to be at least 0, got -0.1"),
     (["--learning_rate", "0"], "expected learning_rate to be above 0, got 0.0"),
     (["--steps", "0"], "expected steps to be above 0, got 0"), (["--batch_size", "-3"], "expected batch_size to be above 0, got -3"),
-    (["--seed", "-1"], "expected seed to be at least 0, got -1")])
+    (["--seed", "-1"], "expected seed to be at least 0, got -1"), (["--block_size", "8"], "expected block_size to be at least 16, got 8")])
 def test_an_impossible_value_is_refused_by_name(arguments, message):
     with pytest.raises(ValueError) as refused:
         train.parse_config(arguments)
@@ -459,12 +459,16 @@ def test_held_out_figures_during_training_move_nothing(tmp_path, monkeypatch):
     assert not any("eval/loss" in m for m in read_metrics(tmp_path / "b"))
 
 
-def test_the_corpus_of_own_pairs_is_what_was_preferred_and_nothing_that_is_held_out(capsys):
-    texts = data.read_jsonl(PAIRS)
-    corpus, pairs_of, held_out, _ = train.own_pairs(Config(), texts, TOKENIZER)
-    chosen = {(x, y_w) for x, y_w, _ in texts} - {(TOKENIZER.decode(x), TOKENIZER.decode(y[:-1])) for x, y, _ in held_out}
-    assert {(TOKENIZER.decode(x), TOKENIZER.decode(y[:-1])) for x, y in corpus} == chosen
-    assert [(x, y_w) for x, y_w, _ in pairs_of(None)] == corpus and len(held_out) > 10
+def test_the_corpus_of_own_pairs_is_what_was_preferred_and_nothing_that_is_held_out(tmp_path, capsys, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(train.Run, "train", lambda self, stage, model, examples, *rest: seen.update({stage: examples}))
+    monkeypatch.setattr(train, "report_on_pairs", lambda reference, policy, pairs, *_: seen.update(held_out=pairs) or ({}, [[1]], 1))
+    train.main([*OWN, "--out", str(tmp_path)])
+    text_of = lambda x, y: (TOKENIZER.decode(x), TOKENIZER.decode(y[:-1]))
+    chosen = {pair[:2] for pair in data.read_jsonl(PAIRS)}
+    assert [text_of(*example) for example in seen["SFT"]] == [text_of(x, y_w) for x, y_w, _ in seen["DPO"]]
+    assert {text_of(*example) for example in seen["SFT"]} == chosen - {text_of(x, y_w) for x, y_w, _ in seen["held_out"]}
+    assert len(seen["held_out"]) > 10
 
 
 def test_no_pairs_need_be_held_out(tmp_path, capsys):
@@ -513,7 +517,7 @@ def test_init_knows_its_tokenizer_and_block_size_stays_what_was_asked_for(small,
 
 def test_init_of_another_vocabulary_a_smaller_block_or_no_model_is_refused(tmp_path):
     for name, config in {"other": GPTConfig(11, tokenizer="toy"), "nameless": GPTConfig(299),
-                         "gpt2": GPTConfig(50257, n_embd=2, tokenizer="gpt2"), "short": GPTConfig(299, 32, tokenizer="toy")}.items():
+                         "gpt2": GPTConfig(50257, n_head=1, n_embd=2, tokenizer="gpt2"), "short": GPTConfig(299, 32, tokenizer="toy")}.items():
         GPT(config).save(tmp_path / f"{name}.pt")
     def refused(name, *flags):
         with pytest.raises(ValueError) as error:
