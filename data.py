@@ -92,7 +92,7 @@ def reward(prompt, completion):
 def prefers_first(first_rewards, second_rewards, rng):
     """A noisy human (Bradley-Terry, Eq. 1): True with probability σ(r_1 - r_2). Arrays (n,)."""
     gap = np.asarray(first_rewards) - np.asarray(second_rewards)
-    return rng.random(len(gap)) < 1 / (1 + np.exp(-gap))
+    return rng.random(gap.shape) < 1 / (1 + np.exp(-gap))
 
 
 def outcome_rewards(prompts):
