@@ -129,13 +129,9 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def sample(self, prompts, max_new_tokens, temperature, eos, generator=None):
-        """Continue each prompt until EOS or max_new_tokens: a completion y ~ π(·|x) of each.
-
-        prompts, eos     lists of ids, of one token or more; the id that ends a completion
-        temperature      1 samples from the model, 0 takes the likeliest token
-        generator        torch.Generator on the model's device; None draws from the global one
-        returns lists of ids without the prompts, which end in EOS if it came in time
-        """
+        """A completion y ~ π(·|x) of each prompt, lists of ids in and out, until EOS or
+        max_new_tokens. Temperature 1 samples from the model, 0 takes the likeliest token; generator
+        is a torch.Generator on the model's device, None the global one."""
         longest, device = max(map(len, prompts)) + max_new_tokens, self.wte.weight.device
         if longest > self.config.block_size:
             raise ValueError(f"expected prompt and max_new_tokens to fit into block_size = "
@@ -166,11 +162,9 @@ class GPT(nn.Module):
 
     @classmethod
     def from_gpt2(cls, weights, n_head=None):
-        """GPT-2 in any of its four sizes, from its weights as published: {name: tensor}.
-
-        There matrices are transposed, names may begin with "transformer.", and causal masks and
-        lm_head, which is wte again, are saved too. n_head defaults to GPT-2's heads of 64 channels.
-        """
+        """GPT-2 of any size, from its weights as published: {name: tensor}. There matrices are
+        transposed, and causal masks and lm_head, which is wte again, are saved too. n_head
+        defaults to GPT-2's heads of 64 channels."""
         extra = ".attn.bias", ".attn.masked_bias", "lm_head.weight"
         weights = {name.removeprefix("transformer."): w.T if name.endswith(TRANSPOSED) else w
                    for name, w in weights.items() if not name.endswith(extra)}
