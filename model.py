@@ -136,7 +136,7 @@ class GPT(nn.Module):
         if longest > self.config.block_size:
             raise ValueError(f"expected prompt and max_new_tokens to fit into block_size = "
                              f"{self.config.block_size}, got {longest}")
-        completions, n = [], max(1, MAX_TOKENS // longest)
+        completions, n = [], max(1, 2 * MAX_TOKENS // longest)
         for i in range(0, len(prompts), n):
             rows = [torch.tensor(prompt, device=device) for prompt in prompts[i:i + n]]
             lengths = torch.tensor([len(row) for row in rows], device=device)  # (B,)

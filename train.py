@@ -178,7 +178,7 @@ class Run:
         for step, metrics in fit(model, optimizer, lengths, loss_of, steps, peak, self.cfg, done):
             recent.append(metrics)
             due = step % max(1, steps // 10) == 0 or step == steps
-            held_out = evaluate() if due else {}
+            held_out = {f"eval/{name}": value for name, value in evaluate().items()} if due else {}
             self.write(stage=stage, step=step, **metrics, **held_out)
             if step % self.cfg.save_every == 0 or step == steps or Run.stop:
                 with torch.no_grad():
@@ -189,10 +189,10 @@ class Run:
                 self.state[stage] = step, model.state_dict(), moments
                 save_checkpoint(self.path, self.state)
             if due:
-                means = {name: np.mean([m[name] for m in recent]) for name in metrics} | held_out
+                shown = {name: np.mean([m[name] for m in recent]) for name in metrics} | held_out
                 left = (time.perf_counter() - began) / (step - done) * (steps - step)
                 print(f"{stage:4}{f'{step}/{steps}':>9}" + "".join(
-                    f"{means[name]:9.3f}" if name in means else " " * 9 for name in COLUMNS)
+                    f"{shown[name]:9.3f}" if name in shown else " " * 9 for name in COLUMNS)
                     + f"{left:3.0f}s", flush=True)
                 recent = []
             if Run.stop:
@@ -280,8 +280,7 @@ def pair_metrics(policy_logps, ref_logps, cfg):
                               policy_chosen_logps, policy_rejected_logps)
 
 
-def mean_metrics(policy, reference, pairs, cfg):
-    metrics = pair_metrics(score(policy, pairs, cfg), score(reference, pairs, cfg), cfg)
+def means(metrics):
     return {name: value.mean().item() for name, value in metrics.items()}
 
 
@@ -343,11 +342,12 @@ def report_exactly(reference, policy, prompts, cfg, tokenizer):
 
 def report_on_pairs(reference, policy, pairs, cfg, tokenizer):
     """The same for held-out pairs: their metrics, and KL(π‖π_ref) with its standard error from one
-    sample to each of at most 64 prompts."""
-    began, figures = time.perf_counter(), mean_metrics(policy, reference, pairs, cfg)
+    sample to each of at most 32 prompts."""
+    began = time.perf_counter()
+    figures = means(pair_metrics(score(policy, pairs, cfg), score(reference, pairs, cfg), cfg))
     longest = max(len(y) for _, *completions in pairs for y in completions)
     prompts = dict.fromkeys(tuple(x[longest - cfg.block_size:]) for x, _, _ in pairs)
-    prompts = [list(x) for x in prompts][:64]
+    prompts = [list(x) for x in prompts][:32]
     samples = list(zip(prompts, sample(policy, prompts, longest, cfg, tokenizer)))
     log_ratios, n = score(policy, samples, cfg) - score(reference, samples, cfg), len(samples)
     figures["kl"] = log_ratios.mean().item()
@@ -393,12 +393,12 @@ def main(arguments=None):
     texts = data.read_jsonl(cfg.data) if cfg.data else data.prompts()
     sft, tokenizer = first_model(cfg)
     if cfg.data:
-        pairs, held_out, counts = data.split_pairs(
+        pairs, test, counts = data.split_pairs(
             texts, tokenizer, cfg.block_size, cfg.held_out, cfg.seed)
         corpus = [(x, chosen) for x, chosen, _ in pairs]
         print("pairs:", *(f"{n:10,} {name}" for name, n in counts.items()), sep="\n")
     else:
-        prompts, held_out = texts
+        prompts, test = texts
         reviews = data.corpus(prompts, cfg.n_reviews, np.random.default_rng((cfg.seed, 1)))
         corpus = [data.encode(tokenizer, x, y) for x, y in reviews]
     if sum(p.numel() for p in sft.parameters()) < 2**20:
@@ -431,18 +431,19 @@ def main(arguments=None):
         policy_logps = logps_of(policy, [pairs[i] for i in batch], cfg)  # (b, 2)
         return pair_metrics(policy_logps, ref_logps[batch], cfg)
 
-    def evaluate():
-        metrics = mean_metrics(policy, reference, held_out[:32], cfg)
-        return {f"eval/{name}": value for name, value in metrics.items()}
+    few = test[:32] if cfg.data else []  # held-out pairs to watch while it trains
+    few_ref_logps = score(reference, few, cfg) if few else None
 
-    run.train("DPO", policy, pairs, dpo_metrics, cfg.steps, cfg.learning_rate,
-              *([evaluate] if cfg.data and held_out else []))
+    def evaluate():
+        return means(pair_metrics(score(policy, few, cfg), few_ref_logps, cfg)) if few else {}
+
+    run.train("DPO", policy, pairs, dpo_metrics, cfg.steps, cfg.learning_rate, evaluate)
     policy.save(Path(cfg.out, "dpo.pt"))
 
     # 5. What came out, on held-out prompts: in the toy world, against the truth.
-    if held_out:
+    if test:
         cfg, report = replace(cfg, dtype="float32"), report_on_pairs if cfg.data else report_exactly
-        figures, prompts, longest = report(reference, policy, held_out, cfg, tokenizer)
+        figures, prompts, longest = report(reference, policy, test[:256], cfg, tokenizer)
         run.write(**{f"report/{name}": value for name, value in figures.items()})
         show_samples(reference, policy, prompts, longest, cfg, tokenizer)
 

@@ -28,5 +28,5 @@ def pytest_collection_modifyitems(config, items):
 def small(tmp_path_factory):
     """One small run of the whole story, piped: (finished process, its folder)."""
     out = tmp_path_factory.mktemp("small") / "out"
-    arguments = f"--sft_steps 700 --steps 500 --n_pairs 16384 --device cpu --out {out}".split()
+    arguments = f"--sft_steps 500 --steps 400 --n_pairs 8192 --device cpu --out {out}".split()
     return subprocess.run([sys.executable, os.path.join(ROOT, "train.py"), *arguments], capture_output=True, text=True), out

@@ -12,16 +12,9 @@ import time
 
 SEEDS = 0, 1, 2
 ROWS = (
-    ("E[r]: SFT", lambda r: r["report/sft/reward"]),
-    ("E[r]: DPO", lambda r: r["report/dpo/reward"]),
-    ("E[r]: the optimum of RLHF", lambda r: r["report/optimum/reward"]),
-    ("KL(π‖π_ref), nats: DPO", lambda r: r["report/dpo/kl"]),
-    ("KL(π‖π_ref), nats: the optimum", lambda r: r["report/optimum/kl"]),
     ("objective E[r] − β KL: share of the possible gain over SFT", lambda r: r["report/objective_share"]),
     ("KL(π‖π*), nats: from DPO to the optimum", lambda r: r["report/kl_to_optimum"]),
-    ("probability of well-formed reviews: SFT", lambda r: r["report/sft/valid"]),
     ("probability of well-formed reviews: DPO", lambda r: r["report/dpo/valid"]),
-    ("wins of DPO against SFT", lambda r: r["report/dpo/win_rate"]),
     ("correlation of implicit and true reward", lambda r: r["report/implicit_reward_correlation"]),
     ("accuracy over that of the true reward", lambda r: r["report/dpo/accuracy"] / r["report/optimum/accuracy"]),
     ("wall time, seconds", lambda r: r["seconds"]),

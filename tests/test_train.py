@@ -82,7 +82,7 @@ def test_a_small_run_beats_the_bar_on_held_out_prompts(small):
 def test_metrics_hold_every_step_under_the_fields_names(small):
     metrics, dpo = read_metrics(small[1]), dpo_metrics(small[1])
     sft = [m for m in metrics if m.get("stage") == "SFT"]
-    assert [m["step"] for m in sft] == list(range(1, 701)) and [m["step"] for m in dpo] == list(range(1, 501))
+    assert [m["step"] for m in sft] == list(range(1, 501)) and [m["step"] for m in dpo] == list(range(1, 401))
     assert set(dpo[0]) == {"stage", "step", "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies",
                            "rewards/margins", "logps/chosen", "logps/rejected"}
     assert dpo[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)  # policy and reference agree
@@ -93,10 +93,10 @@ def test_metrics_hold_every_step_under_the_fields_names(small):
 def test_output_fits_80_columns_and_shows_the_means_of_each_tenth(small):
     lines = small[0].stdout.splitlines()
     assert max(map(len, lines)) <= 80 and "\r" not in small[0].stdout
-    rows = [line.split() for line in lines if line.startswith("DPO ") and "/500 " in line]
+    rows = [line.split() for line in lines if line.startswith("DPO ") and "/400 " in line]
     assert len(rows) == 10
     for k, row in enumerate(rows):
-        tenth = dpo_metrics(small[1])[50 * k:50 * (k + 1)]
+        tenth = dpo_metrics(small[1])[40 * k:40 * (k + 1)]
         assert float(row[2]) == pytest.approx(np.mean([m["loss"] for m in tenth]), abs=6e-4)
     assert small[0].stderr == ""
 
@@ -477,7 +477,7 @@ def test_no_pairs_need_be_held_out(tmp_path, capsys):
     assert [m["stage"] for m in read_metrics(tmp_path)] == ["SFT"] * 3 + ["DPO"] * 3
 
 
-def test_the_report_on_own_pairs_samples_from_64_prompts_at_most_and_one_prompt_has_no_error(capsys, monkeypatch):
+def test_the_report_on_own_pairs_samples_from_32_prompts_at_most_and_one_prompt_has_no_error(capsys, monkeypatch):
     model, pairs, asked = tiny_model(), tiny_pairs(1) * 100, []
     pairs = [(x[:-1] + [i], y_w, y_l) for i, (x, y_w, y_l) in enumerate(pairs)]
     sample = GPT.sample
@@ -485,7 +485,7 @@ def test_the_report_on_own_pairs_samples_from_64_prompts_at_most_and_one_prompt_
     cfg = Config(device="cpu")
     train.report_on_pairs(model, model, pairs, cfg, TOKENIZER)
     figures, prompts, longest = train.report_on_pairs(model, model, pairs[:1], cfg, TOKENIZER)
-    assert asked == [64, 1] and figures["kl"] == 0 and math.isnan(figures["kl_error"])
+    assert asked == [32, 1] and figures["kl"] == 0 and math.isnan(figures["kl_error"])
     assert longest == max(len(pairs[0][1]), len(pairs[0][2])) and "seconds for these" in capsys.readouterr().out
 
 
