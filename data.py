@@ -176,7 +176,7 @@ def read_jsonl(path):
                         raise ValueError("not three texts, or no prompt")
             except (KeyError, TypeError, ValueError, RecursionError) as error:
                 raise ValueError(f'{path}:{number}: expected {{"prompt": "…", "chosen": "…", '
-                                 f'"rejected": "…"}}, got {error!r}') from None
+                                 f'"rejected": "…"}}, got {error!r:.200}') from None
     if not pairs:
         raise ValueError(f"{path}: expected a pair, got an empty file")
     return pairs

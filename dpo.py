@@ -37,7 +37,7 @@ def sequence_logps(logits, tokens, mask):
     Worked value: logits log [[.1 .9] [.3 .7] [.5 .5]], tokens [0 1 0], mask [0 1 1]:
     log .9 + log .3 = -1.309333.
     """
-    if logits.shape[:-1] != tokens.shape or mask.shape != tokens.shape:
+    if logits.dim() != 3 or logits.shape[:-1] != tokens.shape or mask.shape != tokens.shape:
         raise ValueError(f"expected logits (B, T, V), tokens (B, T) and mask (B, T), got "
                          f"{tuple(logits.shape)}, {tuple(tokens.shape)} and {tuple(mask.shape)}")
     if mask[:, 0].any():

@@ -133,9 +133,9 @@ class GPT(nn.Module):
         max_new_tokens. Temperature 1 samples from the model, 0 takes the likeliest token; generator
         is a torch.Generator on the model's device, None the global one."""
         longest, device = max(map(len, prompts)) + max_new_tokens, self.wte.weight.device
-        if longest > self.config.block_size:
-            raise ValueError(f"expected prompt and max_new_tokens to fit into block_size = "
-                             f"{self.config.block_size}, got {longest}")
+        if max_new_tokens < 1 or longest > self.config.block_size:
+            raise ValueError(f"expected a prompt and 1 or more new tokens to fit into block_size = "
+                             f"{self.config.block_size}, got {longest}, {max_new_tokens} new")
         completions, n = [], max(1, 2 * MAX_TOKENS // longest)
         for i in range(0, len(prompts), n):
             rows = [torch.tensor(prompt, device=device) for prompt in prompts[i:i + n]]

@@ -21,6 +21,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -48,14 +49,14 @@ def option(default, help, group=None, choices=None):  # group: a heading in --he
 
 @dataclass
 class Config:
-    data: str = option("", "JSONL file of prompt, chosen, rejected; else the toy world", "data")
+    data: str = option(None, "JSONL file of prompt, chosen, rejected; else the toy world", "data")
     held_out: float = option(0.1, "fraction of the prompts of --data to hold out")
     tokenizer: str = option("auto", "tokenizer for --data; auto: that of --init, without it gpt2",
                             choices=("auto", "toy", "gpt2"))
     block_size: int = option(256, "longest prompt with its completion, in tokens")
     n_pairs: int = option(32768, "preference pairs to sample in the toy world")
     n_reviews: int = option(20000, "reviews in the SFT corpus of the toy world")
-    init: str = option("", "checkpoint to start from, or GPT-2's pytorch_model.bin", "model")
+    init: str = option(None, "checkpoint to start from, or GPT-2's pytorch_model.bin", "model")
     n_layer: int = option(1, "transformer blocks, without --init")
     n_head: int = option(4, "attention heads in a block, without --init")
     n_embd: int = option(64, "channels, a multiple of n_head, without --init")
@@ -78,9 +79,11 @@ class Config:
     def __post_init__(self):
         for f in fields(self):
             value, may_be_0 = getattr(self, f.name), f.name in MAY_BE_0
-            if f.type in (int, float) and not (0 < value < math.inf or value == 0 and may_be_0):
+            if f.type in (int, float) and not (0 < value < 2**32 or value == 0 and may_be_0):
                 low = "at least" if may_be_0 else "above"
-                raise ValueError(f"expected {f.name} to be {low} 0, got {value}")
+                raise ValueError(f"expected {f.name} to be {low} 0 and below 2**32, got {value}")
+            if value == "":
+                raise ValueError(f"expected {f.name} to be a name, got nothing")
         if self.block_size < 16:
             raise ValueError(f"expected block_size to be at least 16, got {self.block_size}")
         dpo_loss(*torch.zeros(4, 1), self.beta, label_smoothing=self.label_smoothing)  # checks both
@@ -106,7 +109,7 @@ def parse_config(arguments=None):
 
 
 def fail(message):
-    print(f"error: {message}", file=sys.stderr)
+    print("error:", str(message).split("\n")[0], file=sys.stderr)
     sys.exit(2)
 
 
@@ -121,13 +124,15 @@ class Run:
     def __init__(self, cfg, model, texts):
         """Open --out for a run of cfg that begins with this model and these texts."""
         files = [Path(cfg.out, name) for name in ("metrics.jsonl", "state.pt", "sft.pt", "dpo.pt")]
+        written = [Path(f"{file}{end}").resolve() for file in files for end in ("", ".old", ".tmp")]
         for path in cfg.data, cfg.init:
-            if path and Path(path).resolve() in [file.resolve() for file in files]:
+            if path and Path(path).resolve() in written:
                 raise ValueError(f"{path}: this run would overwrite it; choose another --out")
         weights = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
         source = [Path(data.__file__).with_name(name).read_bytes()
                   for name in ("dpo.py", "model.py", "data.py", "train.py")]
-        made_with = asdict(replace(cfg, data="", init="", out="", save_every=1, resume=False)) | {
+        made_with = asdict(replace(cfg, data=None, init=None, out=".", save_every=1, resume=False))
+        made_with |= {
             "texts": hashlib.sha256(repr(texts).encode()).hexdigest(),
             "weights": hashlib.sha256(weights.numpy()).hexdigest(),
             "version": hashlib.sha256(b"".join(source)).hexdigest(),
@@ -147,6 +152,7 @@ class Run:
             print(f"{cfg.out}: the files of an earlier run are now called ….old")
         self.file.truncate(0)
         self.file.writelines(self.state["metrics"])
+        save_checkpoint(self.path, self.state)
 
     def load_state(self, made_with):
         """ValueError if it is of another run, or not a state at all."""
@@ -180,7 +186,8 @@ class Run:
             due = step % max(1, steps // 10) == 0 or step == steps
             held_out = {f"eval/{name}": value for name, value in evaluate().items()} if due else {}
             self.write(stage=stage, step=step, **metrics, **held_out)
-            if step % self.cfg.save_every == 0 or step == steps or Run.stop:
+            stop = Run.stop
+            if step % self.cfg.save_every == 0 or step == steps or stop:
                 with torch.no_grad():
                     if not loss_of(np.arange(len(examples))[:4])["loss"].isfinite().all():
                         raise ValueError(f"step {step}: the loss after it is not finite; is the "
@@ -195,9 +202,11 @@ class Run:
                     f"{shown[name]:9.3f}" if name in shown else " " * 9 for name in COLUMNS)
                     + f"{left:3.0f}s", flush=True)
                 recent = []
-            if Run.stop:
+            if stop:
                 print(f"\nstopped after {stage} step {step}; --resume continues from there")
-                sys.exit(128 + Run.stop)
+                break
+        if Run.stop:
+            sys.exit(128 + Run.stop)
         Run.stop = None
         optimizer.zero_grad()  # frees the gradients; the moments go with the optimizer
 
@@ -454,20 +463,24 @@ def interrupt(number, frame):
     if Run.stop != 0:
         sys.exit(128 + number)
     Run.stop = number
-    os.write(2, b"\nstopping after this step\n")
+    with contextlib.suppress(OSError):
+        print("\nstopping after this step", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, interrupt)
-    sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 loses no report
+    warnings.simplefilter("ignore")  # what is wrong with a file is said in one line
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 loses no report
     try:
         main()
     except BrokenPipeError:  # python train.py | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except BlockingIOError:
         fail("another run is writing to --out")
     except OSError as error:
         fail(f"{error.filename}: {error.strerror.lower()}" if error.filename else error)
     except (MemoryError, OverflowError, RuntimeError, ValueError) as error:
-        fail((str(error) or "out of memory").splitlines()[0])
+        fail(str(error) or "out of memory")

@@ -133,6 +133,8 @@ def test_sequence_logps_refuses_bad_arguments():
         sequence_logps(LOGITS[:, :5], TOKENS, MASK)
     with pytest.raises(ValueError, match=r"got \(2, 6, 4\), \(2, 6\) and \(2, 5\)"):
         sequence_logps(LOGITS, TOKENS, MASK[:, :5])
+    with pytest.raises(ValueError, match=r"expected logits \(B, T, V\)"):
+        sequence_logps(LOGITS[None], TOKENS[None], MASK[None])
     empty = MASK.clone()
     empty[1] = False
     with pytest.raises(ValueError, match="but a row has none"):

@@ -206,8 +206,10 @@ def test_the_cache_gives_the_activations_of_the_whole_row():
 
 
 def test_prompts_that_leave_no_room_are_refused():
-    with pytest.raises(ValueError, match="prompt and max_new_tokens to fit into block_size = 12, got 13"):
+    with pytest.raises(ValueError, match="to fit into block_size = 12, got 13, 4 new"):
         tiny().sample([[1], [1] * 9], 4, 1.0, EOS)
+    with pytest.raises(ValueError, match="1 or more new tokens .* got 1, 0 new"):
+        tiny().sample([[1]], 0, 1.0, EOS)
 
 
 def gpt2_weights(model):
