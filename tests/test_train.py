@@ -492,7 +492,7 @@ def test_the_report_on_own_pairs_samples_from_32_prompts_at_most_and_one_prompt_
 
 
 def test_a_prompt_that_samples_would_not_fit_behind_loses_its_first_tokens():
-    model, (x, y_w, y_l) = tiny_model(block_size=16), tiny_pairs(1)[0]
+    model = tiny_model(block_size=16)
     pairs = [(list(range(12)), [1] * 3, [2] * 4), ([5], [1] * 8, [2])]
     _, prompts, longest = train.report_on_pairs(model, model, pairs, Config(device="cpu", block_size=16), TOKENIZER)
     assert longest == 8 and prompts == [list(range(4, 12)), [5]]
