@@ -152,7 +152,7 @@ def test_a_reference_with_a_gradient_is_refused():
     """And with it, in training, policy and reference swapped, and the order (pc, rc, pr, rr)."""
     policy, ref = torch.zeros(2, 3, requires_grad=True), torch.zeros(2, 3)
     assert dpo_loss(*policy, *ref, 0.1)[0].requires_grad
-    for four in ([*policy, *policy], [*ref, *policy], [policy[0], ref[0], policy[1], ref[1]]):
+    for four in ([*policy, *policy], [*ref, *policy], [policy[0], ref[0], policy[1], ref[1]], [*policy, ref[0], policy[1]]):
         with pytest.raises(ValueError, match="reference log-probabilities without gradient.*torch.no_grad"):
             dpo_loss(*four, 0.1)
 

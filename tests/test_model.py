@@ -123,6 +123,10 @@ def test_temperature_0_takes_the_argmax_of_every_step_in_ragged_batches(monkeypa
     assert len({tuple(row[-3:]) for row in expected}) > 5  # the prompts do matter
     completions = [row[len(p):] for p, row in zip(prompts, expected)]
     assert model.sample(prompts, 6, 0, EOS) == completions
+    short, passes, hidden = [i for i, y in enumerate(completions) if len(y) < 4], [], GPT.hidden
+    monkeypatch.setattr(GPT, "hidden", lambda *arguments, **cache: passes.append(1) or hidden(*arguments, **cache))
+    model.sample([prompts[i] for i in short], 6, 0, EOS)
+    assert len(passes) == max(len(completions[i]) for i in short) > min(len(completions[i]) for i in short)  # all ended
     monkeypatch.setattr("model.MAX_TOKENS", 80)
     assert model.sample(prompts, 6, 0, EOS) == completions
 
@@ -192,6 +196,7 @@ def test_completion_logps_are_summed_in_float32_under_bfloat16():
         logits = torch.nn.functional.linear(hidden, model.wte.weight)
     assert logps.dtype == torch.float32
     assert logps.item() == pytest.approx(sequence_logps(logits, batch[0], batch[1] >= 2).item(), rel=1e-5)
+    assert model.bfloat16().completion_logps(*batch).dtype == torch.float32
 
 
 def test_the_cache_gives_the_activations_of_the_whole_row():
