@@ -92,7 +92,7 @@ def test_exact_figures_of_a_policy_agree_with_a_million_samples():
 def test_exact_figures_of_pairs_agree_with_a_million_labelled_samples(beta):
     """What DPO logs on endlessly many pairs; identical ones are dropped."""
     ref, rewards = random_policies(1), data.outcome_rewards([THRILLER, COMEDY])
-    assert (2 * ref).exp().sum(-1).min() > 0.02  # so often the two would be one
+    assert (2 * ref).exp().sum(-1).min() > 0.01  # so often the two would be one
     generator = torch.Generator().manual_seed(2)
     y = torch.multinomial(ref.exp(), 1_000_000, replacement=True, generator=generator)
     first, second = y.view(2, 500_000, 2).unbind(-1)
