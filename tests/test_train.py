@@ -127,6 +127,12 @@ def test_the_seed_decides_the_weights_the_labels_and_the_batches(tmp_path, monke
         with pytest.raises(SystemExit):
             train.main([*TINY, "--seed", seed])
     assert not torch.equal(*first_weights[:2]) and torch.equal(*first_weights[1:])
+    corpora, corpus = [], data.corpus
+    monkeypatch.setattr(data, "corpus", lambda *arguments: corpora.append(corpus(*arguments)) or corpora[-1])
+    for seed in ("0", "1"):
+        with pytest.raises(SystemExit):
+            train.main([*TINY, "--seed", seed])
+    assert len(corpora[0]) == 100 and corpora[0] != corpora[1]
     both = [data.encode(TOKENIZER, "", y)[1] for y in (" dull", " slow")]
     monkeypatch.setattr(train, "sample", lambda model, prompts, *_: [both[2 * i // len(prompts)] for i in range(len(prompts))])
     odd = [train.make_pairs(None, data.prompts()[0], Config(n_pairs=201, seed=seed), TOKENIZER) for seed in (0, 1, 2)]
