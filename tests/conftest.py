@@ -1,7 +1,10 @@
 """What tests share: one small run of the whole story. Long tests run with `python -m pytest --slow`."""
 import os
+import pathlib
+import shutil
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -19,14 +22,25 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: "small" in item.fixturenames)  # while the small run goes on, others come first
     for item in items:
         if "slow" in item.keywords and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="long: run with --slow"))
 
 
+def pytest_collection_finish(session):
+    """Start the small run at once, beside the tests that do not need it."""
+    if any("small" in item.fixturenames for item in session.items) and not session.config.option.collectonly:
+        out = tempfile.mkdtemp()
+        arguments = f"--sft_steps 500 --steps 400 --n_pairs 8192 --device cpu --out {out}/out".split()
+        session.small = out, subprocess.Popen([sys.executable, os.path.join(ROOT, "train.py"), *arguments],
+                                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
 @pytest.fixture(scope="session")
-def small(tmp_path_factory):
+def small(request):
     """One small run of the whole story, piped: (finished process, its folder)."""
-    out = tmp_path_factory.mktemp("small") / "out"
-    arguments = f"--sft_steps 500 --steps 400 --n_pairs 8192 --device cpu --out {out}".split()
-    return subprocess.run([sys.executable, os.path.join(ROOT, "train.py"), *arguments], capture_output=True, text=True), out
+    out, process = request.session.small
+    stdout, stderr = process.communicate()
+    yield subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr), pathlib.Path(out, "out")
+    shutil.rmtree(out)

@@ -1,4 +1,5 @@
 """Nothing is lost: stop a run, break its files, feed it rubbish, let it diverge."""
+import gc
 import glob
 import io
 import json
@@ -24,10 +25,10 @@ from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 
 ROOT = os.path.dirname(os.path.abspath(train.__file__))
 PAIRS = os.path.join(ROOT, "tests", "pairs.jsonl")
-TINY = ("--n_layer 1 --n_embd 16 --sft_steps 40 --steps 40 --batch_size 16 --save_every 7 --device cpu "
+TINY = ("--n_layer 1 --n_embd 16 --sft_steps 40 --steps 40 --batch_size 4 --save_every 7 --device cpu "
         f"--data {PAIRS} --tokenizer toy").split()
 SPAWN = multiprocessing.get_context("forkserver")  # children share one import of torch
-SPAWN.set_forkserver_preload(["train"])
+SPAWN.set_forkserver_preload(["train", "torch._dynamo"])  # the first optimizer imports the latter
 
 
 def child(arguments, limit=None):
@@ -249,9 +250,13 @@ def test_a_state_of_another_run_is_refused_by_the_name_of_the_difference(whole, 
     state = load_checkpoint(out / "state.pt")
     def refused(*flags):
         before = files(out)
-        code, printed = finish(*TINY, "--out", out, "--resume", *flags)
-        assert code == 2 and files(out) == before and "Traceback" not in printed
-        return printed.splitlines()[-1]
+        try:
+            train.main([str(a) for a in (*TINY, "--out", out, "--resume", *flags)])
+        except ValueError as error:  # with it the refused run goes, and its lock
+            message = str(error)
+        gc.collect()
+        assert files(out) == before and "\n" not in message
+        return message
     assert "state.pt: made with another beta" in refused("--beta", 0.5)
     assert "state.pt: made with another seed" in refused("--seed", 1)
     assert "state.pt: made with another weights" in refused("--init", whole[0] / "sft.pt", "--beta", 1, "--learning_rate", 1e-3,

@@ -15,6 +15,7 @@ import data
 import train
 from dpo import dpo_loss
 from model import GPT, GPTConfig
+from tests.test_reliability import finish
 from train import Config
 
 ROOT = os.path.dirname(os.path.abspath(train.__file__))
@@ -194,21 +195,19 @@ def test_a_flag_that_does_not_parse_is_one_line_and_exit_code_2(arguments, messa
     (["--data", "nope.jsonl"], "nope.jsonl: no such file or directory"), (["--init", "nope.pt"], "nope.pt: no such file or directory"),
     (["--data", "nope.jsonl", "--init", "nope.pt"], "nope.jsonl: no such file or directory")])
 def test_a_wrong_command_line_is_one_line_and_exit_code_2(tmp_path, arguments, message):
-    process = run(*arguments, "--out", tmp_path / "out")
-    assert process.returncode == 2 and process.stdout == "" and process.stderr == f"error: {message}\n"
+    assert finish(*arguments, "--out", tmp_path / "out") == (2, f"error: {message}\n")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there_is_refused():
-    process = run("--device", "cuda")
-    assert process.returncode == 2 and process.stderr.replace("'", "") == "error: argument --device: invalid choice: cuda (choose from cpu)\n"
+def test_a_gpu_that_is_not_there_is_refused(tmp_path):
+    code, printed = finish("--device", "cuda", "--out", tmp_path / "out")
+    assert code == 2 and printed.replace("'", "") == "error: argument --device: invalid choice: cuda (choose from cpu)\n"
 
 
 def test_an_out_folder_that_cannot_be_made_is_one_line_and_exit_code_2(tmp_path):
     (tmp_path / "file").write_text("kept")
-    process = run(*TINY, "--out", tmp_path / "file")
-    assert process.returncode == 2 and process.stderr == f"error: {tmp_path}/file: file exists\n"
+    assert finish(*TINY, "--out", tmp_path / "file") == (2, f"error: {tmp_path}/file: file exists\n")
     assert (tmp_path / "file").read_text() == "kept"
 
 
@@ -550,9 +549,8 @@ def test_a_wrong_file_of_pairs_is_one_line_and_loses_nothing(tmp_path, content, 
     for name in ("sft.pt", "metrics.jsonl", "state.pt"):
         (out / name).write_text("kept")
     path.mkdir() if content is None else path.write_bytes(content)
-    process = run("--data", path, "--tokenizer", "toy", "--device", "cpu", "--out", out)
-    assert process.returncode == 2 and process.stdout == ""
-    assert process.stderr.startswith("error: ") and process.stderr.count("\n") == 1 and message in process.stderr
+    code, printed = finish("--data", path, "--tokenizer", "toy", "--device", "cpu", "--out", out)
+    assert code == 2 and printed.startswith("error: ") and printed.count("\n") == 1 and message in printed
     assert all((out / name).read_text() == "kept" for name in os.listdir(out))
 
 
