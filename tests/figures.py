@@ -16,7 +16,7 @@ ROWS = (
     ("KL(π‖π*), nats: from DPO to the optimum", lambda r: r["report/kl_to_optimum"]),
     ("probability of well-formed reviews: DPO", lambda r: r["report/dpo/valid"]),
     ("correlation of implicit and true reward", lambda r: r["report/implicit_reward_correlation"]),
-    ("accuracy over that of the true reward", lambda r: r["report/dpo/accuracy"] / r["report/optimum/accuracy"]),
+    ("accuracy, divided by that of the true reward", lambda r: r["report/dpo/accuracy"] / r["report/optimum/accuracy"]),
     ("wall time, seconds", lambda r: r["seconds"]),
 )
 
