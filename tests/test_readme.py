@@ -237,7 +237,7 @@ def test_every_flag_in_the_readme_exists():
     for name in ("benchmark.py", "conftest.py"):
         with open(os.path.join(ROOT, "tests", name), encoding="utf-8") as file:
             of_tests |= set(re.findall(r'(?:add_argument|addoption)\("--(\w+)"', file.read()))
-    assert flags and flags <= {f.name for f in train.fields(train.Config)} | of_tests | {"nproc_per_node"}
+    assert flags and flags <= {f.name for f in train.fields(train.Config)} | of_tests | {"help", "nproc_per_node"}
 
 
 def test_requirements_are_the_four():
