@@ -496,6 +496,17 @@ def test_the_report_on_own_pairs_samples_from_32_prompts_at_most_and_one_prompt_
     assert longest == max(len(pairs[0][1]), len(pairs[0][2])) and "seconds for these" in capsys.readouterr().out
 
 
+def test_the_kl_on_own_pairs_is_the_mean_log_ratio_of_samples_with_its_standard_error():
+    reference, cfg, pairs = tiny_model(), Config(device="cpu"), tiny_pairs(1) * 9
+    policy, pairs = copy.deepcopy(reference), [(x[:-1] + [i], y_w, y_l) for i, (x, y_w, y_l) in enumerate(pairs)]
+    with torch.no_grad():
+        policy.ln_f.weight *= 3
+    figures, prompts, longest = train.report_on_pairs(reference, policy, pairs, cfg, TOKENIZER)
+    samples = list(zip(prompts, train.sample(policy, prompts, longest, cfg, TOKENIZER)))
+    ratios = (train.score(policy, samples, cfg) - train.score(reference, samples, cfg)).numpy()
+    assert figures["kl"] == pytest.approx(ratios.mean()) and figures["kl_error"] == pytest.approx(ratios.std(ddof=1) / 3)
+
+
 def test_a_prompt_that_samples_would_not_fit_behind_loses_its_first_tokens():
     model = tiny_model(block_size=16)
     pairs = [(list(range(12)), [1] * 3, [2] * 4), ([5], [1] * 8, [2])]
