@@ -171,7 +171,7 @@ class Run:
         try:
             if stage in self.state:
                 step, weights, moments = self.state[stage]
-                done = range(steps + 1).index(step)
+                done = range(steps + 1).index(step)  # an error unless it is 0 … steps
                 model.load_state_dict(weights)
                 if done < steps:
                     optimizer.load_state_dict(moments)
