@@ -171,22 +171,18 @@ def read_jsonl(path):
             try:
                 if line.strip():
                     pair = json.loads(line.decode("utf-8-sig"))
-                    pairs.append(tuple(pair[key] for key in ("prompt", "chosen", "rejected")))
-                    if not pairs[-1][0] or any(type(text) is not str for text in pairs[-1]):
-                        raise ValueError("not three texts, or no prompt")
+                    pairs.append(tuple(pair[key] + "" for key in ("prompt", "chosen", "rejected")))
             except (KeyError, TypeError, ValueError, RecursionError) as error:
                 raise ValueError(f'{path}:{number}: expected {{"prompt": "…", "chosen": "…", '
                                  f'"rejected": "…"}}, got {error!r:.200}') from None
-    if not pairs:
-        raise ValueError(f"{path}: expected a pair, got an empty file")
     return pairs
 
 
 def split_pairs(texts, tokenizer, block_size, held_out, seed):
     """[(prompt, chosen, rejected)] in text -> the same in ids, (to train on, held out, counts).
 
-    Dropped: pairs with an empty completion, with two identical ones, or with one longer than half
-    of block_size. A prompt that does not fit loses its first tokens. Repetitions and contradictions
+    Dropped: pairs with an empty text, two identical completions, or one longer than half of
+    block_size. A prompt that does not fit loses its first tokens. Repetitions and contradictions
     stay in. Each prompt is held out with probability held_out, with all of its pairs; prompts with
     the same last block_size // 2 tokens count as one, since a cut always leaves that many.
     """
@@ -194,8 +190,8 @@ def split_pairs(texts, tokenizer, block_size, held_out, seed):
     for x, y_w, y_l in texts:
         (prompt, chosen), (_, rejected) = (encode(tokenizer, x, y) for y in (y_w, y_l))
         room = block_size - max(len(chosen), len(rejected))
-        if not y_w.strip() or not y_l.strip():
-            counts["with an empty completion, dropped"] += 1
+        if not all(text.strip() for text in (x, y_w, y_l)):
+            counts["with an empty text, dropped"] += 1
         elif chosen == rejected:
             counts["with identical completions, dropped"] += 1
         elif room < block_size / 2:

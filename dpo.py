@@ -8,14 +8,9 @@ Copy this file into your project: it needs torch and nothing else.
                                                         ref_chosen_logps, ref_rejected_logps, beta)
     losses.mean().backward()
 
-The paper's letters, and their names here:
-
-    x               the prompt                              tokens in front, where mask is False
-    y_w, y_l        the preferred completion, the other     chosen, rejected; mask is True
-    log π_θ(y|x)    the policy, the model in training       policy_chosen_logps, policy_rejected_…
-    log π_ref(y|x)  the reference, its frozen start         ref_chosen_logps, ref_rejected_logps
-    β               strength of the KL penalty              beta
-    r̂(x, y)         β log(π_θ(y|x) / π_ref(y|x))            chosen_rewards, rejected_rewards
+In the paper x is the prompt, y_w and y_l the chosen and the rejected completion, π_θ the policy in
+training, π_ref the reference, its frozen start, β the strength of the KL penalty, and r̂(x, y) =
+β log(π_θ(y|x) / π_ref(y|x)) the implicit reward of a completion.
 """
 import torch
 import torch.nn.functional as F
@@ -31,9 +26,7 @@ def sequence_logps(logits, tokens, mask):
     returns (B,)      nats, ≤ 0, float32 (float64 if the logits are)
     raises ValueError if shapes differ, a first token is to be scored, or a row has none to score
 
-    A sum, by the chain rule: the probability of a text is the product of its tokens'. A mean
-    would be another loss, one in which a completion of |y| tokens has β/|y| for its β.
-
+    A sum, by the chain rule; with a mean, a completion of |y| tokens would have β/|y| for its β.
     Worked value: logits log [[.1 .9] [.3 .7] [.5 .5]], tokens [0 1 0], mask [0 1 1]:
     log .9 + log .3 = -1.309333.
     """

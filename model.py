@@ -8,13 +8,14 @@ first step, and the DPO loss would not start at ln 2.
 import os
 import zipfile
 from collections import OrderedDict
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 MAX_TOKENS = 2**12  # in a batch of sampling or scoring
+MAX_LOGITS = 2**24  # of completions, at once
 TRANSPOSED = "c_attn.weight", "c_proj.weight", "c_fc.weight"  # in GPT-2's published files
 
 
@@ -121,17 +122,20 @@ class GPT(nn.Module):
         tokens = tokens[:, 1:]
         scored = (segments[:, 1:] > 0) & (segments[:, 1:] == segments[:, :-1])
         row, t = scored.nonzero(as_tuple=True)  # (N,) each
-        logits = F.linear(hidden[row, t], self.wte.weight)  # (N, V)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # bfloat16 sums err
-        logps = -F.cross_entropy(logits, tokens[row, t], reduction="none")  # (N,)
+        n, logps = max(1, MAX_LOGITS // self.config.vocab_size), []
+        for part, y in zip(hidden[row, t].split(n), tokens[row, t].split(n)):
+            logits = F.linear(part, self.wte.weight)  # (n, V)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # as in dpo.py
+            logps.append(-F.cross_entropy(logits, y, reduction="none"))  # (n,)
+        logps = torch.cat(logps)  # (N,)
         completion = row * K + segments[row, t + 1] - 1
         return logps.new_zeros(B * K).index_add(0, completion, logps).view(B, K)
 
     @torch.no_grad()
     def sample(self, prompts, max_new_tokens, temperature, eos, generator=None):
         """A completion y ~ π(·|x) of each prompt, lists of ids in and out, until EOS or
-        max_new_tokens. Temperature 1 samples from the model, 0 takes the likeliest token; generator
-        is a torch.Generator on the model's device, None the global one."""
+        max_new_tokens. Temperature 1 samples from the model, 0 takes the likeliest token; a
+        generator must be on the model's device."""
         longest, device = max(map(len, prompts)) + max_new_tokens, self.wte.weight.device
         if max_new_tokens < 1 or longest > self.config.block_size:
             raise ValueError(f"expected a prompt and 1 or more new tokens to fit into block_size = "
@@ -143,8 +147,7 @@ class GPT(nn.Module):
             tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, T)
             real = torch.arange(tokens.shape[1], device=device) < lengths[:, None]  # no padding
             cache, drawn, ended = {}, [], torch.zeros_like(lengths, dtype=torch.bool)
-            hidden = self.hidden(tokens, cache=cache)
-            hidden = hidden[torch.arange(len(rows)), lengths - 1]  # (B, C), of each last token
+            hidden = self.hidden(tokens, cache=cache)[range(len(rows)), lengths - 1]  # (B, C)
             while True:
                 logits = F.linear(hidden, self.wte.weight).float()  # (B, V)
                 drawn.append(logits.argmax(-1) if temperature == 0 else torch.multinomial(
@@ -161,14 +164,18 @@ class GPT(nn.Module):
         return completions
 
     @classmethod
-    def from_gpt2(cls, weights, n_head=None):
-        """GPT-2 of any size, from its weights as published: {name: tensor}. There matrices are
-        transposed, and causal masks and lm_head, which is wte again, are saved too. n_head
-        defaults to GPT-2's heads of 64 channels."""
+    def from_gpt2(cls, weights, n_head=None, tokenizer="gpt2"):
+        """A GPT from weights as GPT-2's are published, {name: tensor}: matrices are transposed
+        there, and causal masks and lm_head, which is wte again, may be saved too. Its sizes are
+        those of the weights; n_head defaults to GPT-2's heads of 64 channels."""
         extra = ".attn.bias", ".attn.masked_bias", "lm_head.weight"
         weights = {name.removeprefix("transformer."): w.T if name.endswith(TRANSPOSED) else w
                    for name, w in weights.items() if not name.endswith(extra)}
-        return cls.from_weights(weights, n_head, "gpt2")
+        (V, C), T = weights["wte.weight"].shape, len(weights["wpe.weight"])
+        n_layer = sum(name.endswith("ln_1.weight") for name in weights)
+        model = cls(GPTConfig(V, T, n_layer, n_head or max(1, C // 64), C, tokenizer))
+        model.load_state_dict(weights)
+        return model
 
     def to_gpt2(self):
         """The weights under GPT-2's published names, in its layout; from_gpt2 is the inverse."""
@@ -177,47 +184,30 @@ class GPT(nn.Module):
         return weights | {"lm_head.weight": weights["transformer.wte.weight"]}
 
     @classmethod
-    def from_weights(cls, weights, n_head, tokenizer):
-        """A model whose sizes are those of its weights, so that none exceeds what a file holds."""
-        (V, C), T = weights["wte.weight"].shape, len(weights["wpe.weight"])
-        n_layer = sum(name.endswith("ln_1.weight") for name in weights)
-        n_head = max(1, C // 64) if n_head is None else n_head
-        model = cls(GPTConfig(V, T, n_layer, n_head, C, tokenizer))
-        model.load_state_dict(weights)
-        return model
-
-    @classmethod
     def load(cls, path):
-        """A model from a checkpoint of train.py or GPT-2's pytorch_model.bin; else ValueError."""
+        """A model from what save wrote, or from GPT-2's pytorch_model.bin. Else ValueError."""
         saved = load_checkpoint(path)
         try:
-            if "config" not in saved:
-                return cls.from_gpt2(saved)
-            config = GPTConfig(**saved["config"])
-            model = cls.from_weights(saved["model"], config.n_head, config.tokenizer)
-            if model.config == config:
-                return model
+            return cls.from_gpt2(**saved) if "weights" in saved else cls.from_gpt2(saved)
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
-            pass
-        raise ValueError(f"{path}: not the weights of a GPT or of GPT-2")
+            raise ValueError(f"{path}: not the weights of a GPT or of GPT-2") from None
 
     def save(self, path):
-        save_checkpoint(path, {"config": asdict(self.config), "model": self.state_dict()})
+        save_checkpoint(path, {"weights": self.to_gpt2(), "n_head": self.config.n_head,
+                               "tokenizer": self.config.tokenizer})  # what from_gpt2 takes
 
 
 def load_checkpoint(path):
     """The dict that torch.save wrote to path. Runs no code from it; ValueError if damaged."""
     with open(path, "rb") as file:
         try:
-            if file.read(2) == b"PK" and zipfile.ZipFile(file).testzip():  # torch checks no sums
+            if zipfile.is_zipfile(file) and zipfile.ZipFile(file).testzip():  # torch checks no sums
                 raise ValueError
             file.seek(0)
             saved = torch.load(file, map_location="cpu", weights_only=True)
             return saved if isinstance(saved, dict) else {}
-        except MemoryError:
-            raise
         except Exception:
-            raise ValueError(f"{path}: not a checkpoint, or damaged") from None
+            raise ValueError(f"{path}: not a checkpoint, damaged, or larger than memory") from None
 
 
 def save_checkpoint(path, content):
@@ -227,6 +217,4 @@ def save_checkpoint(path, content):
             torch.save(content, file)
         os.replace(f"{path}.tmp", path)
     except (OSError, RuntimeError) as error:  # torch raises the latter on top of the system's error
-        if os.path.exists(f"{path}.tmp"):
-            os.remove(f"{path}.tmp")
         raise OSError(f"{path} cannot be written: {error.__context__ or error}") from None

@@ -5,23 +5,19 @@
     python train.py --beta 0.5 --seed 1    # every setting is a flag: python train.py --help
     python train.py --data pairs.jsonl --init pytorch_model.bin    # your own pairs, from GPT-2
 
-Prints progress, then figures on prompts that were never trained on, exact ones in the toy world.
 Writes into --out: sft.pt, dpo.pt, metrics.jsonl with every step's metrics, state.pt for --resume.
 Read it from main(), at the end.
 """
 import argparse
-import contextlib
 import copy
-import hashlib
 import itertools
 import json
 import math
-import os
-import shutil
 import signal
 import sys
 import time
 import warnings
+import zlib
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -34,13 +30,11 @@ from model import GPT, GPTConfig, MAX_TOKENS, load_checkpoint, save_checkpoint
 
 ADAMW = {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}
 WITH_INIT = {"sft_learning_rate": 1e-5, "learning_rate": 1e-6, "beta": 0.1}  # defaults for GPT-2
-MAY_BE_0 = "held_out", "sft_steps", "label_smoothing", "seed"  # other numbers are above 0
+LEAST = {"block_size": 16, "held_out": 0, "sft_steps": 0, "label_smoothing": 0, "seed": 0}
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-COLUMNS = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected",
-           "eval/loss", "eval/rewards/accuracies")
-HEADER = """
-                                                              held-out pairs
-         step     loss accuracy   margin   chosen rejected     loss accuracy ETA"""
+COLUMNS = {"loss": "loss", "accuracy": "rewards/accuracies", "margin": "rewards/margins",
+           "chosen": "logps/chosen", "rejected": "logps/rejected",
+           "held-out": "eval/loss", "(acc.)": "eval/rewards/accuracies"}
 
 
 def option(default, help, group=None, choices=None):  # group: a heading in --help, from here on
@@ -73,19 +67,15 @@ class Config:
                         choices=("auto", "float32", "bfloat16", "float16"))
     seed: int = option(0, "seed of weights, data, samples and batches")
     out: str = option("out", "folder for checkpoints and metrics")
-    save_every: int = option(200, "steps between two states to resume from")
+    save_every: int = option(100, "steps between two states to resume from")
     resume: bool = option(False, "continue from the state in --out, if there is one")
 
     def __post_init__(self):
         for f in fields(self):
-            value, may_be_0 = getattr(self, f.name), f.name in MAY_BE_0
-            if f.type in (int, float) and not (0 < value < 2**32 or value == 0 and may_be_0):
-                low = "at least" if may_be_0 else "above"
-                raise ValueError(f"expected {f.name} to be {low} 0 and below 2**32, got {value}")
-            if value == "":
-                raise ValueError(f"expected {f.name} to be a name, got nothing")
-        if self.block_size < 16:
-            raise ValueError(f"expected block_size to be at least 16, got {self.block_size}")
+            value, least = getattr(self, f.name), LEAST.get(f.name)
+            if f.type in (int, float) and not (value > 0 if least is None else value >= least):
+                bound = "above 0" if least is None else f"at least {least}"
+                raise ValueError(f"expected {f.name} to be {bound}, got {value}")
         dpo_loss(*torch.zeros(4, 1), self.beta, label_smoothing=self.label_smoothing)  # checks both
         if self.dtype == "auto":
             self.dtype = "float32" if self.device == "cpu" else "bfloat16"
@@ -114,106 +104,81 @@ def fail(message):
 
 
 class Run:
-    """The folder --out: metrics.jsonl, and state.pt, from which --resume continues.
-
-    A state holds the metrics so far, each stage's step and weights, and the optimizer of the one in
-    training. No random state: samples, labels and batches come out the same again from the seed.
-    """
-    stop = None  # None: not training; 0: training; else the signal that asks to stop
+    """The folder --out: metrics.jsonl, and state.pt, from which --resume continues. A state holds
+    the metrics so far, each stage's step and weights, and the optimizer of the one in training. No
+    random state: samples, labels and batches come out the same again from the seed."""
 
     def __init__(self, cfg, model, texts):
         """Open --out for a run of cfg that begins with this model and these texts."""
-        files = [Path(cfg.out, name) for name in ("metrics.jsonl", "state.pt", "sft.pt", "dpo.pt")]
-        written = [Path(f"{file}{end}").resolve() for file in files for end in ("", ".old", ".tmp")]
+        out = Path(cfg.out)
         for path in cfg.data, cfg.init:
-            if path and Path(path).resolve() in written:
-                raise ValueError(f"{path}: this run would overwrite it; choose another --out")
+            if path and Path(path).resolve().parent == out.resolve():
+                raise ValueError(f"{path}: this run could overwrite it; choose another --out")
         weights = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
-        source = [Path(data.__file__).with_name(name).read_bytes()
-                  for name in ("dpo.py", "model.py", "data.py", "train.py")]
-        made_with = asdict(replace(cfg, data=None, init=None, out=".", save_every=1, resume=False))
+        modules = [Path(data.__file__).with_name(f"{name}.py").read_bytes()
+                   for name in ("dpo", "model", "data", "train")]
+        made_with = asdict(replace(cfg, data=None, init=None, out="", save_every=1, resume=False))
         made_with |= {
-            "texts": hashlib.sha256(repr(texts).encode()).hexdigest(),
-            "weights": hashlib.sha256(weights.numpy()).hexdigest(),
-            "version": hashlib.sha256(b"".join(source)).hexdigest(),
-            "torch": str(torch.__version__), "threads": torch.get_num_threads()}
-        files[0].parent.mkdir(parents=True, exist_ok=True)
-        self.cfg, self.path, self.file = cfg, files[1], open(files[0], "a")
-        with contextlib.suppress(ImportError):  # Windows has no fcntl
-            import fcntl
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends
+            "texts": zlib.crc32(repr(texts).encode()), "weights": zlib.crc32(weights.numpy()),
+            "version": zlib.crc32(b"".join(modules)), "torch": str(torch.__version__),
+            "threads": torch.get_num_threads()}
+        out.mkdir(parents=True, exist_ok=True)
+        self.cfg, self.path, metrics = cfg, out / "state.pt", out / "metrics.jsonl"
         self.state = {"made_with": made_with, "metrics": []}
+        old = filter(Path.exists, [metrics, self.path, out / "sft.pt", out / "dpo.pt"])
         if cfg.resume and self.path.exists():
-            self.load_state(made_with)
-        elif any(file.exists() and file.stat().st_size for file in files):
-            shutil.copyfile(files[0], f"{files[0]}.old")  # the file itself stays open and locked
-            for file in filter(Path.exists, files[1:]):
-                file.replace(f"{file}.old")
-            print(f"{cfg.out}: the files of an earlier run are now called ….old")
-        self.file.truncate(0)
+            self.state = load_checkpoint(self.path)
+            for name, value in made_with.items():
+                if self.state.get("made_with", {}).get(name) != value:
+                    raise ValueError(f"{self.path}: not a state, or made with another {name}")
+        else:
+            moved = [file.replace(f"{file}.old").name for file in old]
+            if moved:
+                print(f"{out}: earlier files are now called {', '.join(moved)}")
+        self.file = open(metrics, "w")
         self.file.writelines(self.state["metrics"])
         save_checkpoint(self.path, self.state)
 
-    def load_state(self, made_with):
-        """ValueError if it is of another run, or not a state at all."""
-        self.state = load_checkpoint(self.path)
-        parts = self.state.get("made_with"), self.state.get("metrics")
-        if [type(part) for part in parts] != [dict, list]:
-            raise ValueError(f"{self.path}: not a state of this program")
-        for name, value in made_with.items():
-            if self.state["made_with"].get(name) != value:
-                raise ValueError(f"{self.path}: made with another {name}")
-
-    def train(self, stage, model, examples, loss_of, steps, peak, evaluate=lambda: {}):
-        """Fit what is left of a stage. After each tenth print its mean metrics and those of
-        evaluate(); save every save_every steps, at the end and on a signal."""
+    def train(self, stage, model, examples, loss_of, steps, peak, held_out=()):
+        """Fit what is left of a stage. After each tenth print its mean metrics and those of the
+        held-out example numbers; save every save_every steps and at the end."""
         optimizer, done = torch.optim.AdamW(model.parameters(), **ADAMW), 0
-        try:
-            if stage in self.state:
-                step, weights, moments = self.state[stage]
-                done = range(steps + 1).index(step)  # an error unless it is 0 … steps
-                model.load_state_dict(weights)
-                if done < steps:
-                    optimizer.load_state_dict(moments)
-        except Exception:
-            raise ValueError(f"{self.path}: not a state of this program") from None
+        if stage in self.state:
+            done, weights, moments = self.state[stage]
+            model.load_state_dict(weights)
+            if moments:
+                optimizer.load_state_dict(moments)
         if done < steps:
-            print(HEADER)
+            print(f"\n{'step':>13}" + "".join(f"{label:>9}" for label in COLUMNS) + " ETA")
         lengths = [sum(map(len, example)) for example in examples]
-        Run.stop, began, recent = 0, time.perf_counter(), []
+        began, recent = time.perf_counter(), []
         for step, metrics in fit(model, optimizer, lengths, loss_of, steps, peak, self.cfg, done):
             recent.append(metrics)
-            due = step % max(1, steps // 10) == 0 or step == steps
-            held_out = {f"eval/{name}": value for name, value in evaluate().items()} if due else {}
-            self.write(stage=stage, step=step, **metrics, **held_out)
-            stop = Run.stop
-            if step % self.cfg.save_every == 0 or step == steps or stop:
+            due, evaluated = step % max(1, steps // 10) == 0 or step == steps, {}
+            if due and len(held_out):
                 with torch.no_grad():
-                    if not loss_of(np.arange(len(examples))[:4])["loss"].isfinite().all():
-                        raise ValueError(f"step {step}: the loss after it is not finite; is the "
-                                         "learning rate too high?")
+                    evaluated = {f"eval/{name}": value.mean().item()
+                                 for name, value in loss_of(held_out).items()}
+            self.write(stage=stage, step=step, **metrics, **evaluated)
+            if step % self.cfg.save_every == 0 or step == steps:
+                if not loss_of(np.arange(len(examples))[:4])["loss"].isfinite().all():
+                    raise ValueError(f"step {step}: the loss after it is not finite; is the "
+                                     "learning rate too high?")
                 moments = optimizer.state_dict() if step < steps else None
                 self.state[stage] = step, model.state_dict(), moments
                 save_checkpoint(self.path, self.state)
             if due:
-                shown = {name: np.mean([m[name] for m in recent]) for name in metrics} | held_out
+                shown = {name: np.mean([m[name] for m in recent]) for name in metrics} | evaluated
                 left = (time.perf_counter() - began) / (step - done) * (steps - step)
                 print(f"{stage:4}{f'{step}/{steps}':>9}" + "".join(
-                    f"{shown[name]:9.3f}" if name in shown else " " * 9 for name in COLUMNS)
-                    + f"{left:3.0f}s", flush=True)
+                    f"{shown[name]:9.3f}" if name in shown else " " * 9
+                    for name in COLUMNS.values()) + f"{left:3.0f}s", flush=True)
                 recent = []
-            if stop:
-                print(f"\nstopped after {stage} step {step}; --resume continues from there")
-                break
-        if Run.stop:
-            sys.exit(128 + Run.stop)
-        Run.stop = None
         optimizer.zero_grad()  # frees the gradients; the moments go with the optimizer
 
     def write(self, **metrics):
-        """Add a line to metrics.jsonl. A figure that is not finite becomes null, as JSON wants."""
-        metrics = {name: None if isinstance(value, float) and not math.isfinite(value) else value
-                   for name, value in metrics.items()}
+        """Add a line to metrics.jsonl. What is not a number becomes null, as JSON wants."""
+        metrics = {name: None if value != value else value for name, value in metrics.items()}
         self.state["metrics"].append(json.dumps(metrics) + "\n")
         self.file.write(self.state["metrics"][-1])
         self.file.flush()
@@ -222,9 +187,8 @@ class Run:
 def learning_rate(step, steps, peak):
     """For step 1 … steps: up to the peak in the first tenth, then along a cosine towards 0."""
     warmup = math.ceil(steps / 10)
-    if step <= warmup:
-        return peak * step / warmup
-    return peak * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup + 1))) / 2
+    cosine = (1 + math.cos(math.pi * max(0, step - warmup) / (steps - warmup + 1))) / 2
+    return peak * min(step, warmup) / warmup * cosine
 
 
 def fit(model, optimizer, lengths, loss_of, steps, peak, cfg, start=0):
@@ -289,10 +253,6 @@ def pair_metrics(policy_logps, ref_logps, cfg):
                               policy_chosen_logps, policy_rejected_logps)
 
 
-def means(metrics):
-    return {name: value.mean().item() for name, value in metrics.items()}
-
-
 def sample(model, prompts, max_new_tokens, cfg, tokenizer):
     """A completion y ~ π(·|x) of each prompt, the same ones whenever it is called."""
     generator = torch.Generator(cfg.device).manual_seed(cfg.seed)
@@ -352,64 +312,60 @@ def report_exactly(reference, policy, prompts, cfg, tokenizer):
 def report_on_pairs(reference, policy, pairs, cfg, tokenizer):
     """The same for held-out pairs: their metrics, and KL(π‖π_ref) with its standard error from one
     sample to each of at most 32 prompts."""
-    began = time.perf_counter()
-    figures = means(pair_metrics(score(policy, pairs, cfg), score(reference, pairs, cfg), cfg))
-    longest = max(len(y) for _, *completions in pairs for y in completions)
-    prompts = dict.fromkeys(tuple(x[longest - cfg.block_size:]) for x, _, _ in pairs)
-    prompts = [list(x) for x in prompts][:32]
-    samples = list(zip(prompts, sample(policy, prompts, longest, cfg, tokenizer)))
-    log_ratios, n = score(policy, samples, cfg) - score(reference, samples, cfg), len(samples)
-    figures["kl"] = log_ratios.mean().item()
-    figures["kl_error"] = log_ratios.std().item() / n ** 0.5 if n > 1 else math.nan
+    began, n = time.perf_counter(), cfg.block_size // 2  # no completion is longer than n
+    metrics = pair_metrics(score(policy, pairs, cfg), score(reference, pairs, cfg), cfg)
+    figures = {name: value.mean().item() for name, value in metrics.items()}
+    prompts = [list(x) for x in dict.fromkeys(tuple(x[-n:]) for x, _, _ in pairs)][:32]
+    samples = list(zip(prompts, sample(policy, prompts, n, cfg, tokenizer)))
+    log_ratios = score(policy, samples, cfg) - score(reference, samples, cfg)
+    error = log_ratios.std().item() / len(samples) ** 0.5 if len(samples) > 1 else math.nan
+    figures |= {"kl": log_ratios.mean().item(), "kl_error": error}
     print(f"\n{len(pairs)} held-out pairs (before DPO: loss 0.693, accuracies 0.5, margins 0)")
-    for name, value in figures.items():
+    for name, value in (figures | {"seconds for these": time.perf_counter() - began}).items():
         print(f"    {name:22}{value:9.3f}")
-    print(f"    {'seconds for these':22}{time.perf_counter() - began:9.1f}")
-    return figures, prompts, longest
+    return figures, prompts, n
 
 
 def show_samples(reference, policy, prompts, max_new_tokens, cfg, tokenizer):
     """Print a completion of SFT and one of DPO to each of four prompts."""
-    prompts = prompts[:4]
-    before, after = (sample(model, prompts, max_new_tokens, cfg, tokenizer)
+    before, after = (sample(model, prompts[:4], max_new_tokens, cfg, tokenizer)
                      for model in (reference, policy))
     for prompt, y, better_y in zip(prompts, before, after):
-        print(f"\n{tokenizer.decode(prompt)!r:.80}")
-        print(f"    SFT {data.decode(tokenizer, y)!r:.71}")
-        print(f"    DPO {data.decode(tokenizer, better_y)!r:.71}")
+        print(f"\n{tokenizer.decode(prompt)!r:.80}\n    SFT {data.decode(tokenizer, y)!r:.71}\n"
+              f"    DPO {data.decode(tokenizer, better_y)!r:.71}")
 
 
 def first_model(cfg):
     """The model to start from, and its tokenizer. ValueError where --init is not what flags say."""
-    model = GPT.load(cfg.init) if cfg.init else None
+    model = None if cfg.init is None else GPT.load(cfg.init)
     name = cfg.tokenizer if cfg.data else "toy"
     if name == "auto":
         name = model.config.tokenizer if model else "gpt2"
     tokenizer = data.get_tokenizer(name)
     if model is None:
         sizes = cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd
-        return GPT(GPTConfig(tokenizer.n_vocab, *sizes, name)), tokenizer
-    has = model.config.tokenizer, model.config.vocab_size, model.config.block_size
-    if has[:2] != (name, tokenizer.n_vocab) or has[2] < cfg.block_size:
-        raise ValueError(f"{cfg.init}: tokenizer {has[0]}, {has[1]} tokens, block_size {has[2]}; "
-                         f"expected {name}, {tokenizer.n_vocab} and {cfg.block_size} or more")
+        model = GPT(GPTConfig(tokenizer.n_vocab, *sizes, name))
+    has, vocabulary = model.config, (name, tokenizer.n_vocab)
+    if (has.tokenizer, has.vocab_size) != vocabulary or has.block_size < cfg.block_size:
+        raise ValueError(f"{cfg.init}: expected tokenizer {name}, {tokenizer.n_vocab} tokens and "
+                         f"block_size {cfg.block_size} or more, got {has}")
     return model, tokenizer
 
 
 def main(arguments=None):
     cfg = parse_config(arguments)
     torch.manual_seed(cfg.seed)
-    texts = data.read_jsonl(cfg.data) if cfg.data else data.prompts()
+    texts = data.prompts() if cfg.data is None else data.read_jsonl(cfg.data)
     sft, tokenizer = first_model(cfg)
     if cfg.data:
         pairs, test, counts = data.split_pairs(
             texts, tokenizer, cfg.block_size, cfg.held_out, cfg.seed)
-        corpus = [(x, chosen) for x, chosen, _ in pairs]
+        corpus, watched = [(x, chosen) for x, chosen, _ in pairs], test[:32]
         print("pairs:", *(f"{n:10,} {name}" for name, n in counts.items()), sep="\n")
     else:
         prompts, test = texts
         reviews = data.corpus(prompts, cfg.n_reviews, np.random.default_rng((cfg.seed, 1)))
-        corpus = [data.encode(tokenizer, x, y) for x, y in reviews]
+        corpus, watched = [data.encode(tokenizer, x, y) for x, y in reviews], []
     if sum(p.numel() for p in sft.parameters()) < 2**20:
         torch.set_num_threads(1)  # several would wait for each other more than they compute
     run = Run(cfg, sft, texts)
@@ -431,55 +387,38 @@ def main(arguments=None):
 
     # 3. The reference is the SFT model. Its log-probabilities are constants: once is enough.
     reference = sft.requires_grad_(False)
-    ref_logps = score(reference, pairs, cfg)  # (n, 2)
+    scored = pairs + watched
+    ref_logps = score(reference, scored, cfg)  # (n, 2)
 
     # 4. DPO, on a copy.
     policy = copy.deepcopy(reference).requires_grad_(True)
 
     def dpo_metrics(batch):
-        policy_logps = logps_of(policy, [pairs[i] for i in batch], cfg)  # (b, 2)
+        policy_logps = logps_of(policy, [scored[i] for i in batch], cfg)  # (b, 2)
         return pair_metrics(policy_logps, ref_logps[batch], cfg)
 
-    few = test[:32] if cfg.data else []  # held-out pairs to watch while it trains
-    few_ref_logps = score(reference, few, cfg) if few else None
-
-    def evaluate():
-        return means(pair_metrics(score(policy, few, cfg), few_ref_logps, cfg)) if few else {}
-
-    run.train("DPO", policy, pairs, dpo_metrics, cfg.steps, cfg.learning_rate, evaluate)
+    held_out = np.arange(len(pairs), len(scored))
+    run.train("DPO", policy, pairs, dpo_metrics, cfg.steps, cfg.learning_rate, held_out)
     policy.save(Path(cfg.out, "dpo.pt"))
 
     # 5. What came out, on held-out prompts: in the toy world, against the truth.
     if test:
         cfg, report = replace(cfg, dtype="float32"), report_on_pairs if cfg.data else report_exactly
-        figures, prompts, longest = report(reference, policy, test[:256], cfg, tokenizer)
+        figures, prompts, n = report(reference, policy, test[:256], cfg, tokenizer)
         run.write(**{f"report/{name}": value for name, value in figures.items()})
-        show_samples(reference, policy, prompts, longest, cfg, tokenizer)
-
-
-def interrupt(number, frame):
-    """Ctrl-C or SIGTERM: the first one while training lets the step end and be saved; any other
-    ends the program at once."""
-    if Run.stop != 0:
-        sys.exit(128 + number)
-    Run.stop = number
-    with contextlib.suppress(OSError):
-        print("\nstopping after this step", file=sys.stderr, flush=True)
+        show_samples(reference, policy, prompts, n, cfg, tokenizer)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, interrupt)
-    signal.signal(signal.SIGTERM, interrupt)
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # python train.py | head ends quietly
     warnings.simplefilter("ignore")  # what is wrong with a file is said in one line
-    if sys.stdout:
-        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 loses no report
+    sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 loses no report
     try:
         main()
-    except BrokenPipeError:  # python train.py | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except BlockingIOError:
-        fail("another run is writing to --out")
+    except KeyboardInterrupt:
+        print("\nstopped; --resume continues from the last state", file=sys.stderr)
+        sys.exit(130)
     except OSError as error:
         fail(f"{error.filename}: {error.strerror.lower()}" if error.filename else error)
     except (MemoryError, OverflowError, RuntimeError, ValueError) as error:

@@ -211,9 +211,8 @@ BAD = [  # a line, and what the error says of it
     (GOOD[:-2] + b"\n", "Expecting ',' delimiter"), (b"[]\n", "TypeError"), (b'"text"\n', "TypeError"), (b"null\n", "TypeError"),
     (b"3\n", "TypeError"), (b"{}\n", "KeyError('prompt')"), (b'{"prompt": "p", "chosen": "a"}\n', "KeyError('rejected')"),
     (b'{"Prompt": "p", "chosen": "a", "rejected": "b"}\n', "KeyError('prompt')"),
-    (GOOD.replace(b'"p"', b"null"), "not three texts"), (GOOD.replace(b'"a"', b"7"), "not three texts"),
-    (GOOD.replace(b'"b"', b'["b"]'), "not three texts"), (GOOD.replace(b'"a"', b'{"role": "user"}'), "not three texts"),
-    (GOOD.replace(b'"p"', b'""'), "not three texts, or no prompt"),
+    (GOOD.replace(b'"p"', b"null"), "TypeError"), (GOOD.replace(b'"a"', b"7"), "TypeError"),
+    (GOOD.replace(b'"b"', b'["b"]'), "TypeError"), (GOOD.replace(b'"a"', b'{"role": "user"}'), "TypeError"),
     (GOOD.replace(b"a", b"\x00"), "Invalid control character"), (GOOD.replace(b"b", b"\xff", 1), "'utf-8'"),
     (GOOD.replace(b'"a"', b'"\xc3"'), "'utf-8'"), (GOOD.replace(b'"a"', b'"\\x"'), "Invalid \\\\escape"),
     (GOOD[:-1] * 2 + b"\n", "Extra data"), (b"[" * 100_000 + b"\n", "maximum recursion depth"),
@@ -235,8 +234,8 @@ def test_a_file_without_pairs_is_refused_and_one_from_windows_is_read(tmp_path):
     path = tmp_path / "pairs.jsonl"
     for nothing in (b"", b"\n \n"):
         path.write_bytes(nothing)
-        with pytest.raises(ValueError, match="pairs.jsonl: expected a pair"):
-            data.read_jsonl(path)
+        with pytest.raises(ValueError, match="expected a pair to train on, got {'to train on': 0, 'held out': 0}"):
+            data.split_pairs(data.read_jsonl(path), data.toy_tokenizer(), 256, 0.1, seed=0)
     path.write_bytes(b"\xef\xbb\xbf" + GOOD.replace(b"\n", b"\r\n") + b"\r\n" + GOOD.replace(b"p\"", b"p\\u00e9\\ud800\"", 1)[:-1])
     assert data.read_jsonl(path)[0] == ("p", "a", "b") and len(data.read_jsonl(path)) == 2
     for missing in (tmp_path / "none", tmp_path):
@@ -272,10 +271,10 @@ def test_dialogues_that_end_alike_stand_on_one_side(tokenizer):
 def test_what_cannot_be_used_is_dropped_and_what_can_is_kept_and_both_are_counted(tokenizer):
     """Of 16 tokens a completion and its EOS may take 8; the prompt keeps the last of what is left."""
     texts = [("0123456789", "abc", "de"), ("q", "a" * 7, "b"), ("q", "a" * 8, "b"), ("r" * 9 + "s", "a" * 7, "b"), ("q", "same", "same"),
-             ("q", "x", "y"), ("q", "x", "y"), ("q", "y", "x"), ("q", "", "y"), ("q", "x", " \n"), ("q", "", "")]
+             ("q", "x", "y"), ("q", "x", "y"), ("q", "y", "x"), ("q", "", "y"), ("q", "x", " \n"), ("q", "", ""), ("", "x", "y")]
     train, held_out, counts = data.split_pairs(texts, tokenizer, 16, 1e-9, seed=0)
     assert counts == {"to train on": len(train), "held out": len(held_out), "with too long a completion, dropped": 1,
-                      "with identical completions, dropped": 1, "with an empty completion, dropped": 3,
+                      "with identical completions, dropped": 1, "with an empty text, dropped": 4,
                       "with a prompt that was cut": 1, "that repeat an earlier pair": 1, "that contradict an earlier pair": 1}
     assert len(train) + len(held_out) == 6
     pairs = {tokenizer.decode(x): (x, y_w, y_l) for x, y_w, y_l in train + held_out}

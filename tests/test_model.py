@@ -293,14 +293,13 @@ def test_weights_that_are_not_gpt2s_or_ours_are_refused_in_one_line(tmp_path):
     """Absurd configurations too: the tensors of the file decide before anything is built."""
     model = tiny(torch.float32)
     weights, path = gpt2_weights(model), tmp_path / "w.bin"
-    missing, odd, saved = dict(weights), dict(weights), {"config": vars(model.config), "model": model.state_dict()}
+    missing, odd, saved = dict(weights), dict(weights), {"weights": model.to_gpt2(), "n_head": 2, "tokenizer": "toy"}
     del missing["h.1.ln_2.bias"]
     odd["h.0.mlp.c_fc.weight"] = torch.zeros(3, 3)
-    absurd = [saved | {"config": saved["config"] | change} for change in (
-        {"n_head": 0}, {"n_head": -2}, {"n_head": 2.0}, {"n_head": 3}, {"n_layer": 10**9}, {"n_layer": 1}, {"block_size": 10**12},
-        {"vocab_size": 12}, {"n_embd": 16}, {"n_head": None}, {"extra": 1})]
-    for wrong in (missing, odd, {}, [1, 2], torch.zeros(3), {"config": {"n": 1}}, {"config": 3, "model": {}}, *absurd,
-                  {"config": saved["config"]}, saved | {"model": {}}, saved | {"model": 3}):
+    absurd = [saved | change for change in (
+        {"n_head": -2}, {"n_head": 2.0}, {"n_head": "2"}, {"n_head": 3}, {"extra": 1}, {"weights": {}}, {"weights": 3},
+        {"weights": missing}, {"weights": odd}, {"weights": saved["weights"] | {"transformer.h.999.ln_1.weight": torch.zeros(8)}})]
+    for wrong in (missing, odd, {}, [1, 2], torch.zeros(3), {"n_head": 2, "tokenizer": "toy"}, *absurd):
         torch.save(wrong, path)
         with pytest.raises(ValueError, match="w.bin: not the weights of a GPT or of GPT-2"):
             GPT.load(path)
