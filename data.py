@@ -109,7 +109,7 @@ def exact_figures(logps, ref_logps, rewards, beta):
     """
     p, ref, changes = logps.exp(), ref_logps.exp(), logps - ref_logps
     reward, kl = (p * rewards).sum(-1).mean().item(), (p * changes).sum(-1).mean().item()
-    wins = total = means = 0
+    wins = total = sums = 0
     for p_x, ref_x, change, r in zip(p.float(), ref.float(), changes.float(), rewards.float()):
         gaps = r[:, None] - r  # (K, K): row over column
         wins += p_x @ (gaps.sign() + 1) @ ref_x / 2 / len(p)
@@ -117,9 +117,9 @@ def exact_figures(logps, ref_logps, rewards, beta):
         margins = beta * (change[:, None] - change)
         chosen, rejected = weights.sum(1) @ change, weights.sum(0) @ change
         total += weights.sum()
-        means += torch.stack([(weights * (margins.sign() + 1)).sum() / 2, (weights * margins).sum(),
+        sums += torch.stack([(weights * (margins.sign() + 1)).sum() / 2, (weights * margins).sum(),
                               -(weights * F.logsigmoid(margins)).sum(), chosen, rejected])
-    values = (reward, kl, reward - beta * kl, p[:, :-1].sum(-1).mean(), wins, *(means / total))
+    values = (reward, kl, reward - beta * kl, p[:, :-1].sum(-1).mean(), wins, *(sums / total))
     return {name: float(value) for name, value in zip(FIGURES, values)}
 
 
@@ -223,11 +223,12 @@ def collate(examples, device="cpu"):
     T = max(sum(map(len, example)) + len(example) - 2 for example in examples)
     batch = np.zeros((len(examples), 3, T), np.int64)
     for row, (prompt, *completions) in zip(batch, examples):
-        n = end = len(prompt) - 1
-        row[:2, :n] = prompt[:n], range(n)
+        last = end = len(prompt) - 1
+        row[:2, :last] = prompt[:last], range(last)
         for k, y in enumerate(completions, 1):
-            start, end = end, end + 1 + len(y)
-            row[:, start:end] = prompt[n:] + y, range(n, n + 1 + len(y)), [k] * (1 + len(y))
+            n = 1 + len(y)
+            row[:, end:end + n] = prompt[last:] + y, range(last, last + n), [k] * n
+            end += n
     return torch.from_numpy(batch).to(device).unbind(1)
 
 

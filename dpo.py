@@ -88,23 +88,15 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_r
 
 
 def preference_metrics(losses, chosen_rewards, rejected_rewards, chosen_logps, rejected_logps):
-    """What the field logs, by the names it uses. Five (B,) in, a dict of (B,) out: log the means.
-
-    loss                                nats; train on its mean, the rest is detached
-    rewards/chosen, rewards/rejected    implicit rewards, β times nats
-    rewards/margins                     chosen minus rejected
-    rewards/accuracies                  1 where the margin is above 0, ½ where it is 0: a policy
-                                        equal to its reference has an accuracy of 0.5, not 0
-    logps/chosen, logps/rejected        log π_θ(y|x), nats; both may fall while the margin grows
-    """
+    """What the field logs, by its names. Five (B,) in, a dict of (B,) out: log the means."""
     margins = chosen_rewards - rejected_rewards
     return {
-        "loss": losses,
-        "rewards/chosen": chosen_rewards,
+        "loss": losses,  # nats; train on its mean, the rest is detached
+        "rewards/chosen": chosen_rewards,  # implicit rewards, β times nats
         "rewards/rejected": rejected_rewards,
-        "rewards/accuracies": (margins.sign() + 1) / 2,
+        "rewards/accuracies": (margins.sign() + 1) / 2,  # ½ at 0: before training it is 0.5, not 0
         "rewards/margins": margins,
-        "logps/chosen": chosen_logps.detach(),
+        "logps/chosen": chosen_logps.detach(),  # nats; both may fall while the margin grows
         "logps/rejected": rejected_logps.detach(),
     }
 

@@ -14,8 +14,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-MAX_TOKENS = 2**12  # in a batch of sampling or scoring
-MAX_LOGITS = 2**24  # of completions, at once
+MAX_TOKENS = 2**12  # in a batch of scoring; of sampling, twice as many
+MAX_LOGITS = 2**24  # that are made at once: parts keep the peak of memory low
 TRANSPOSED = "c_attn.weight", "c_proj.weight", "c_fc.weight"  # in GPT-2's published files
 
 
@@ -118,12 +118,10 @@ class GPT(nn.Module):
         attn_mask = ((key == 0) | (key == query)).tril() if K > 1 else None  # (B, 1, T, T)
         hidden = self.hidden(tokens, positions, attn_mask)
         # The activations at position t predict the token at t + 1.
-        hidden = hidden[:, :-1]
-        tokens = tokens[:, 1:]
         scored = (segments[:, 1:] > 0) & (segments[:, 1:] == segments[:, :-1])
         row, t = scored.nonzero(as_tuple=True)  # (N,) each
         n, logps = max(1, MAX_LOGITS // self.config.vocab_size), []
-        for part, y in zip(hidden[row, t].split(n), tokens[row, t].split(n)):
+        for part, y in zip(hidden[row, t].split(n), tokens[row, t + 1].split(n)):
             logits = F.linear(part, self.wte.weight)  # (n, V)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # as in dpo.py
             logps.append(-F.cross_entropy(logits, y, reduction="none"))  # (n,)

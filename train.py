@@ -125,15 +125,14 @@ class Run:
         out.mkdir(parents=True, exist_ok=True)
         self.cfg, self.path, metrics = cfg, out / "state.pt", out / "metrics.jsonl"
         self.state = {"made_with": made_with, "metrics": []}
-        old = filter(Path.exists, [metrics, self.path, out / "sft.pt", out / "dpo.pt"])
         if cfg.resume and self.path.exists():
             self.state = load_checkpoint(self.path)
             for name, value in made_with.items():
                 if self.state.get("made_with", {}).get(name) != value:
                     raise ValueError(f"{self.path}: not a state, or made with another {name}")
         else:
-            moved = [file.replace(f"{file}.old").name for file in old]
-            if moved:
+            old = filter(Path.exists, [metrics, self.path, out / "sft.pt", out / "dpo.pt"])
+            if moved := [file.replace(f"{file}.old").name for file in old]:
                 print(f"{out}: earlier files are now called {', '.join(moved)}")
         self.file = open(metrics, "w")
         self.file.writelines(self.state["metrics"])
@@ -170,15 +169,16 @@ class Run:
             if due:
                 shown = {name: np.mean([m[name] for m in recent]) for name in metrics} | evaluated
                 left = (time.perf_counter() - began) / (step - done) * (steps - step)
-                print(f"{stage:4}{f'{step}/{steps}':>9}" + "".join(
-                    f"{shown[name]:9.3f}" if name in shown else " " * 9
-                    for name in COLUMNS.values()) + f"{left:3.0f}s", flush=True)
+                row = "".join(f"{shown[name]:9.3f}" if name in shown else " " * 9
+                              for name in COLUMNS.values())
+                print(f"{stage:4}{f'{step}/{steps}':>9}{row}{left:3.0f}s", flush=True)
                 recent = []
         optimizer.zero_grad()  # frees the gradients; the moments go with the optimizer
 
     def write(self, **metrics):
-        """Add a line to metrics.jsonl. What is not a number becomes null, as JSON wants."""
-        metrics = {name: None if value != value else value for name, value in metrics.items()}
+        """Add a line to metrics.jsonl. A figure that is not finite becomes null, as JSON wants."""
+        metrics = {name: value if isinstance(value, str) or math.isfinite(value) else None
+                   for name, value in metrics.items()}
         self.state["metrics"].append(json.dumps(metrics) + "\n")
         self.file.write(self.state["metrics"][-1])
         self.file.flush()
