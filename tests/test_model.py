@@ -167,9 +167,11 @@ def test_sampling_repeats_by_its_generator_and_leaves_the_global_one_alone():
     assert torch.equal(torch.get_rng_state(), state) and model.training
 
 
-@pytest.mark.parametrize("K", [1, 2, 3, 32])
-def test_completions_beside_one_prompt_score_as_in_rows_of_their_own(K):
-    """completion_logps of rows of different lengths against sequence_logps of plain ones, gradients too."""
+@pytest.mark.parametrize("K, at_once", [(1, 2**24), (2, 2**24), (3, 2**24), (32, 2**24), (1, 5), (3, 22)])
+def test_completions_beside_one_prompt_score_as_in_rows_of_their_own(K, at_once, monkeypatch):
+    """completion_logps of rows of different lengths against sequence_logps of plain ones, gradients too; also where the
+    logits are made one or two positions at a time."""
+    monkeypatch.setattr("model.MAX_LOGITS", at_once)
     model, rng = tiny(block_size=14), np.random.default_rng(K)
     draw = lambda low, high: rng.integers(11, size=rng.integers(low, high)).tolist()
     examples = [(draw(1, 6), *(draw(1, 7) for _ in range(K))) for _ in range(9)]

@@ -376,8 +376,8 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
 
 def test_a_figure_that_is_not_a_number_is_null(tmp_path):
     run = train.Run(train.Config(out=str(tmp_path), device="cpu"), GPT(GPTConfig(20, 16, 1, 1, 8)), [])
-    run.write(kl=math.nan, stage="x", step=1)
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"kl": null, "stage": "x", "step": 1}\n'
+    run.write(kl=math.nan, loss=-math.inf, stage="x", step=1)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"kl": null, "loss": null, "stage": "x", "step": 1}\n'
 
 
 @pytest.mark.parametrize("save_every, message", [
