@@ -105,8 +105,7 @@ def exact_figures(logps, ref_logps, rewards, beta):
 
     Means over y ~ π: reward, kl (a lower bound of that between texts, as malformed text is one
     outcome), objective (Eq. 3), valid, win_rate against y' ~ π_ref (a tie counts ½). The rest are
-    means over labelled pairs (Eq. 1) of two different outcomes y, y' ~ π_ref: loss is Eq. 7.
-    """
+    means over labelled pairs (Eq. 1) of two different outcomes y, y' ~ π_ref: loss is Eq. 7."""
     p, ref, changes = logps.exp(), ref_logps.exp(), logps - ref_logps
     reward, kl = (p * rewards).sum(-1).mean().item(), (p * changes).sum(-1).mean().item()
     wins = total = sums = 0
@@ -118,7 +117,7 @@ def exact_figures(logps, ref_logps, rewards, beta):
         chosen, rejected = weights.sum(1) @ change, weights.sum(0) @ change
         total += weights.sum()
         sums += torch.stack([(weights * (margins.sign() + 1)).sum() / 2, (weights * margins).sum(),
-                              -(weights * F.logsigmoid(margins)).sum(), chosen, rejected])
+                             -(weights * F.logsigmoid(margins)).sum(), chosen, rejected])
     values = (reward, kl, reward - beta * kl, p[:, :-1].sum(-1).mean(), wins, *(sums / total))
     return {name: float(value) for name, value in zip(FIGURES, values)}
 
@@ -129,12 +128,10 @@ def toy_tokenizer():
     text = " ".join(OPENINGS + VERBS + GENRES + tuple(WORTH)).split()
     words = sorted({" " + word for word in text} | {opening.split()[0] for opening in OPENINGS})
     vocabulary = [bytes([i]) for i in range(256)] + [word.encode() for word in words]
-    return tiktoken.Encoding(
-        "toy",
-        pat_str=r" ?\p{L}+|[^\p{L}]",  # a word with the space before it, or one other character
-        mergeable_ranks={token: i for i, token in enumerate(vocabulary)},
-        special_tokens={"<|endoftext|>": len(vocabulary)},
-    )
+    pattern = r" ?\p{L}+|[^\p{L}]"  # a word with the space before it, or one other character
+    ranks = {token: i for i, token in enumerate(vocabulary)}
+    return tiktoken.Encoding("toy", pat_str=pattern, mergeable_ranks=ranks,
+                             special_tokens={"<|endoftext|>": len(vocabulary)})
 
 
 def get_tokenizer(name):
@@ -162,9 +159,7 @@ def decode(tokenizer, completion):
 
 def read_jsonl(path):
     """[(prompt, chosen, rejected)] of a file with one JSON object of these three texts a line.
-
-    Raises ValueError, "path:line: what is wrong", at the first bad line. Skips blank lines.
-    """
+    Blank lines are skipped; the first bad one is a ValueError, "path:line: what is wrong"."""
     pairs = []
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
@@ -234,10 +229,8 @@ def collate(examples, device="cpu"):
 
 def batches(lengths, batch_size, seed):
     """Arrays of example numbers, endlessly: each epoch holds every example once, in a new order.
-
     Batches hold examples of similar lengths (bucketed by length // 8), so that little is padding,
-    and their sizes differ by one at most, so that no example of an epoch counts much more.
-    """
+    and their sizes differ by one at most, so that no example of an epoch counts much more."""
     rng, lengths = np.random.default_rng(seed), np.asarray(lengths)
     while True:
         order = rng.permutation(len(lengths))

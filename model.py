@@ -176,7 +176,7 @@ class GPT(nn.Module):
         return model
 
     def to_gpt2(self):
-        """The weights under GPT-2's published names, in its layout; from_gpt2 is the inverse."""
+        """The weights in GPT-2's published layout; from_gpt2(weights, n_head) is the inverse."""
         weights = {"transformer." + name: w.T.contiguous() if name.endswith(TRANSPOSED) else w
                    for name, w in self.state_dict().items()}
         return weights | {"lm_head.weight": weights["transformer.wte.weight"]}
@@ -214,5 +214,7 @@ def save_checkpoint(path, content):
         with open(f"{path}.tmp", "wb") as file:
             torch.save(content, file)
         os.replace(f"{path}.tmp", path)
-    except (OSError, RuntimeError) as error:  # torch raises the latter on top of the system's error
+    except (OSError, RuntimeError) as error:  # torch raises the latter on top of what went wrong
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise error.__context__ from None
         raise OSError(f"{path} cannot be written: {error.__context__ or error}") from None

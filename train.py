@@ -72,10 +72,11 @@ class Config:
 
     def __post_init__(self):
         for f in fields(self):
-            value, least = getattr(self, f.name), LEAST.get(f.name)
-            if f.type in (int, float) and not (value > 0 if least is None else value >= least):
-                bound = "above 0" if least is None else f"at least {least}"
-                raise ValueError(f"expected {f.name} to be {bound}, got {value}")
+            if f.type in (int, float):
+                value, least = getattr(self, f.name), LEAST.get(f.name)
+                if not (0 < value < 2**32 if least is None else least <= value < 2**32):
+                    bound = "above 0" if least is None else f"at least {least}"
+                    raise ValueError(f"expected {f.name} {bound} and below 2**32, got {value}")
         dpo_loss(*torch.zeros(4, 1), self.beta, label_smoothing=self.label_smoothing)  # checks both
         if self.dtype == "auto":
             self.dtype = "float32" if self.device == "cpu" else "bfloat16"
@@ -112,7 +113,7 @@ class Run:
         """Open --out for a run of cfg that begins with this model and these texts."""
         out = Path(cfg.out)
         for path in cfg.data, cfg.init:
-            if path and Path(path).resolve().parent == out.resolve():
+            if path and out.resolve() in (Path(path).resolve().parent, Path(path).parent.resolve()):
                 raise ValueError(f"{path}: this run could overwrite it; choose another --out")
         weights = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
         modules = [Path(data.__file__).with_name(f"{name}.py").read_bytes()
@@ -413,7 +414,8 @@ if __name__ == "__main__":
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # python train.py | head ends quietly
     warnings.simplefilter("ignore")  # what is wrong with a file is said in one line
-    sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 loses no report
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 loses no report
     try:
         main()
     except KeyboardInterrupt:

@@ -178,7 +178,7 @@ def test_without_resume_the_files_of_an_earlier_run_move_aside_together(whole, t
 
 
 @pytest.mark.parametrize("flag, name", [("--data", "metrics.jsonl"), ("--data", "state.pt"), ("--data", "metrics.jsonl.old"),
-                                        ("--init", "dpo.pt"), ("--init", "sft.pt"), ("--init", "sft.pt.tmp")])
+                                        ("--init", "dpo.pt"), ("--init", "sft.pt"), ("--init", "sft.pt.tmp"), ("--init", "far.pt")])
 def test_a_run_that_would_overwrite_its_own_input_is_refused(whole, tmp_path, flag, name):
     out = tmp_path / "out"
     shutil.copytree(whole[0], out)
@@ -187,6 +187,9 @@ def test_a_run_that_would_overwrite_its_own_input_is_refused(whole, tmp_path, fl
         shutil.copy(PAIRS, out / name)
     elif name.endswith(".tmp"):
         shutil.copy(out / "sft.pt", out / name)
+    elif name == "far.pt":  # a link in the folder to a file elsewhere would itself be moved
+        (out / "sft.pt").rename(tmp_path / "elsewhere.pt")
+        os.symlink(tmp_path / "elsewhere.pt", out / name)
     os.symlink(out, tmp_path / "link")  # the same folder by another name
     before, arguments = files(out), [*TINY, flag, tmp_path / "link" / name, "--out", out]
     code, printed = finish(*arguments)
@@ -325,6 +328,20 @@ def test_a_full_disk_is_one_line_and_nothing_is_cut_in_silence(tmp_path, limit):
     assert code == 2 and printed.splitlines()[-1].startswith("error: ") and "Traceback" not in printed
 
 
+def test_ctrl_c_while_saving_is_ctrl_c_and_what_was_there_stays(tmp_path, monkeypatch):
+    """torch turns an interrupt that comes while it writes into an error of its own."""
+    save_checkpoint(tmp_path / "c.pt", {"a": 1})
+    def interrupted(content, file):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise RuntimeError("unexpected pos 0 vs 64")
+    monkeypatch.setattr(torch, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(tmp_path / "c.pt", {"a": 2})
+    assert load_checkpoint(tmp_path / "c.pt") == {"a": 1}
+
+
 def test_on_a_full_disk_the_last_state_stays(whole, tmp_path):
     out = tmp_path / "out"
     process = start(*TINY, "--out", out)
@@ -350,6 +367,8 @@ def test_a_reader_that_goes_away_ends_the_run_quietly_and_a_terminal_without_utf
                                 env=os.environ | {"PYTHONIOENCODING": "ascii"})
     assert ascii_only.returncode == 0 and "KL(???_ref), nats" in ascii_only.stdout, ascii_only.stderr
     assert b"report/dpo/kl" in (tmp_path / "b" / "metrics.jsonl").read_bytes()
+    closed = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *program[:2], *toy, str(tmp_path / "c")], capture_output=True)
+    assert closed.returncode == 0 and closed.stderr == b"" and (tmp_path / "c" / "dpo.pt").exists()
 
 
 @pytest.mark.parametrize("flags, message", [

@@ -160,13 +160,14 @@ def test_half_precision_trains_with_float32_weights_and_reports_in_float32(tmp_p
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--beta", "0"], "expected beta to be above 0, got 0.0"), (["--beta", "nan"], "expected beta to be above 0, got nan"),
-    (["--beta", "inf"], "expected a finite beta > 0, got inf"),
+    (["--beta", "0"], "expected beta above 0 and below 2**32, got 0.0"), (["--beta", "nan"], "expected beta above 0 and below 2**32, got nan"),
+    (["--beta", "inf"], "expected beta above 0 and below 2**32, got inf"),
+    (["--n_layer", str(10**20)], f"expected n_layer above 0 and below 2**32, got {10**20}"),
     (["--label_smoothing", "0.5"], "expected label_smoothing in [0, 0.5), got 0.5"),
-    (["--label_smoothing", "-0.1"], "expected label_smoothing to be at least 0, got -0.1"),
-    (["--learning_rate", "0"], "expected learning_rate to be above 0, got 0.0"),
-    (["--steps", "0"], "expected steps to be above 0, got 0"), (["--batch_size", "-3"], "expected batch_size to be above 0, got -3"),
-    (["--seed", "-1"], "expected seed to be at least 0, got -1"), (["--block_size", "8"], "expected block_size to be at least 16, got 8")])
+    (["--label_smoothing", "-0.1"], "expected label_smoothing at least 0 and below 2**32, got -0.1"),
+    (["--learning_rate", "0"], "expected learning_rate above 0 and below 2**32, got 0.0"),
+    (["--steps", "0"], "expected steps above 0 and below 2**32, got 0"), (["--batch_size", "-3"], "expected batch_size above 0 and below 2**32, got -3"),
+    (["--seed", "-1"], "expected seed at least 0 and below 2**32, got -1"), (["--block_size", "8"], "expected block_size at least 16 and below 2**32, got 8")])
 def test_an_impossible_value_is_refused_by_name(arguments, message):
     with pytest.raises(ValueError) as refused:
         train.parse_config(arguments)
@@ -188,7 +189,7 @@ def test_a_flag_that_does_not_parse_is_one_line_and_exit_code_2(arguments, messa
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--beta", 0], "expected beta to be above 0, got 0.0"), (["--n_head", 3], "expected n_head to divide n_embd = 64, got 3"),
+    (["--beta", 0], "expected beta above 0 and below 2**32, got 0.0"), (["--n_head", 3], "expected n_head to divide n_embd = 64, got 3"),
     (["--data", "nope.jsonl"], "nope.jsonl: no such file or directory"), (["--data", ""], "[Errno 2] No such file or directory: ''"),
     (["--init", ""], "[Errno 2] No such file or directory: ''"), (["--init", "nope.pt"], "nope.pt: no such file or directory"),
     (["--data", "nope.jsonl", "--init", "nope.pt"], "nope.jsonl: no such file or directory")])
