@@ -38,6 +38,7 @@ def child(arguments, limit=None):
     sys.stdout = sys.stderr = log
     if limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background would ignore Ctrl-C
     sys.argv = ["train.py", *arguments]
     try:
         with open(os.path.join(ROOT, "train.py")) as file:
