@@ -237,6 +237,22 @@ def test_a_state_of_another_run_is_refused_by_the_name_of_the_difference(whole, 
         assert "state.pt: " in refused()
 
 
+def test_a_state_knows_the_four_modules_by_their_content(tmp_path, monkeypatch):
+    versions = []
+    for changed in (None, None, "dpo.py", "model.py", "data.py", "train.py"):
+        folder = tmp_path / str(len(versions))
+        folder.mkdir()
+        for name in ("dpo.py", "model.py", "data.py", "train.py"):
+            shutil.copy(os.path.join(ROOT, name), folder)
+        if changed:
+            with open(folder / changed, "a") as file:
+                file.write("\n")
+        monkeypatch.setattr(data, "__file__", str(folder / "data.py"))
+        run = train.Run(train.Config(out=str(folder / "out"), device="cpu"), GPT(GPTConfig(20, 16, 1, 1, 8)), [])
+        versions.append(run.state["made_with"]["version"])
+    assert versions[0] == versions[1] and len(set(versions)) == 5
+
+
 def test_metrics_that_were_cut_or_deleted_are_restored_from_the_state(whole, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(whole[0], out)

@@ -465,9 +465,24 @@ def test_held_out_figures_during_training_move_nothing(tmp_path, monkeypatch):
     assert not any("eval/loss" in m for m in read_metrics(tmp_path / "b"))
 
 
+def test_held_out_examples_are_scored_ten_times_and_without_gradient(tmp_path):
+    model, seen = tiny_model(), []
+    def loss_of(batch):
+        seen.append((batch.tolist(), torch.is_grad_enabled()))
+        return {"loss": model.wte.weight[batch].sum(1)}
+    run = train.Run(Config(out=str(tmp_path), device="cpu", batch_size=4), model, [])
+    run.train("DPO", model, [[[1]]] * 8, loss_of, 20, 1e-3, np.array([8, 9]))
+    assert seen.count(([8, 9], False)) == 10 and all(trains for batch, trains in seen if batch != [8, 9])
+
+
 def test_the_corpus_of_own_pairs_is_what_was_preferred_and_nothing_that_is_held_out(tmp_path, capsys, monkeypatch):
-    seen = {}
-    monkeypatch.setattr(train.Run, "train", lambda self, stage, model, examples, *rest: seen.update({stage: examples}))
+    """And the pairs that are watched while it trains are held out."""
+    seen, watched = {}, {}
+    def run_train(self, stage, model, examples, loss_of, steps, peak, held_out=()):
+        seen[stage] = examples
+        if len(held_out):
+            watched.update(found=loss_of(held_out)["logps/chosen"], model=model)
+    monkeypatch.setattr(train.Run, "train", run_train)
     monkeypatch.setattr(train, "report_on_pairs", lambda reference, policy, pairs, *_: seen.update(held_out=pairs) or ({}, [[1]], 1))
     train.main([*OWN, "--out", str(tmp_path)])
     text_of = lambda x, y: (TOKENIZER.decode(x), TOKENIZER.decode(y[:-1]))
@@ -475,6 +490,7 @@ def test_the_corpus_of_own_pairs_is_what_was_preferred_and_nothing_that_is_held_
     assert [text_of(*example) for example in seen["SFT"]] == [text_of(x, y_w) for x, y_w, _ in seen["DPO"]]
     assert {text_of(*example) for example in seen["SFT"]} == chosen - {text_of(x, y_w) for x, y_w, _ in seen["held_out"]}
     assert len(seen["held_out"]) > 10
+    assert torch.allclose(watched["found"], train.score(watched["model"], seen["held_out"][:32], Config(device="cpu"))[:, 0], atol=1e-4)
 
 
 def test_no_pairs_need_be_held_out(tmp_path, capsys):
