@@ -265,6 +265,7 @@ def test_to_gpt2_has_the_published_names_and_shapes_and_from_gpt2_is_its_inverse
     assert {name: list(w.shape) for name, w in weights.items()} == {"lm_head.weight": [50, 768]} | {
         "transformer." + name: shape for name, shape in published.items()}
     assert torch.equal(weights["transformer.h.1.mlp.c_fc.weight"], model.h[1].mlp.c_fc.weight.T)
+    assert torch.equal(weights["lm_head.weight"], model.wte.weight)
     back = GPT.from_gpt2(weights)
     assert back.config == model.config
     assert all(torch.equal(a, b) for a, b in zip(back.state_dict().values(), model.state_dict().values()))

@@ -167,6 +167,7 @@ def test_half_precision_trains_with_float32_weights_and_reports_in_float32(tmp_p
     (["--label_smoothing", "-0.1"], "expected label_smoothing at least 0 and below 2**32, got -0.1"),
     (["--learning_rate", "0"], "expected learning_rate above 0 and below 2**32, got 0.0"),
     (["--steps", "0"], "expected steps above 0 and below 2**32, got 0"), (["--batch_size", "-3"], "expected batch_size above 0 and below 2**32, got -3"),
+    (["--seed", str(2**32)], f"expected seed at least 0 and below 2**32, got {2**32}"),
     (["--seed", "-1"], "expected seed at least 0 and below 2**32, got -1"), (["--block_size", "8"], "expected block_size at least 16 and below 2**32, got 8")])
 def test_an_impossible_value_is_refused_by_name(arguments, message):
     with pytest.raises(ValueError) as refused:
