@@ -141,7 +141,8 @@ class Run:
 
     def train(self, stage, model, examples, loss_of, steps, peak, held_out=()):
         """Fit what is left of a stage. After each tenth print its mean metrics and those of the
-        held-out example numbers; save every save_every steps and at the end."""
+        held-out example numbers; save every save_every steps and at the end, but never weights
+        whose loss is not finite: a ValueError."""
         optimizer, done = torch.optim.AdamW(model.parameters(), **ADAMW), 0
         if stage in self.state:
             done, weights, moments = self.state[stage]
@@ -361,12 +362,12 @@ def main(arguments=None):
     if cfg.data:
         pairs, test, counts = data.split_pairs(
             texts, tokenizer, cfg.block_size, cfg.held_out, cfg.seed)
-        corpus, watched = [(x, chosen) for x, chosen, _ in pairs], test[:32]
+        corpus = [(x, chosen) for x, chosen, _ in pairs]
         print("pairs:", *(f"{n:10,} {name}" for name, n in counts.items()), sep="\n")
     else:
-        prompts, test = texts
+        prompts, test = texts  # to train on and held out; test holds prompts, above pairs
         reviews = data.corpus(prompts, cfg.n_reviews, np.random.default_rng((cfg.seed, 1)))
-        corpus, watched = [data.encode(tokenizer, x, y) for x, y in reviews], []
+        corpus = [data.encode(tokenizer, x, y) for x, y in reviews]
     if sum(p.numel() for p in sft.parameters()) < 2**20:
         torch.set_num_threads(1)  # several would wait for each other more than they compute
     run = Run(cfg, sft, texts)
@@ -388,7 +389,7 @@ def main(arguments=None):
 
     # 3. The reference is the SFT model. Its log-probabilities are constants: once is enough.
     reference = sft.requires_grad_(False)
-    scored = pairs + watched
+    scored = pairs + (test[:32] if cfg.data else [])  # with held-out pairs to watch in training
     ref_logps = score(reference, scored, cfg)  # (n, 2)
 
     # 4. DPO, on a copy.
@@ -404,7 +405,8 @@ def main(arguments=None):
 
     # 5. What came out, on held-out prompts: in the toy world, against the truth.
     if test:
-        cfg, report = replace(cfg, dtype="float32"), report_on_pairs if cfg.data else report_exactly
+        report = report_on_pairs if cfg.data else report_exactly
+        cfg = replace(cfg, dtype="float32")  # samples are drawn in it, so they are scored in it
         figures, prompts, n = report(reference, policy, test[:256], cfg, tokenizer)
         run.write(**{f"report/{name}": value for name, value in figures.items()})
         show_samples(reference, policy, prompts, n, cfg, tokenizer)
