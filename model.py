@@ -211,10 +211,7 @@ def load_checkpoint(path):
 def save_checkpoint(path, content):
     """torch.save, whole or not at all: after a kill or on a full disk, what was there stays."""
     try:
-        with open(f"{path}.tmp", "wb") as file:
-            torch.save(content, file)
+        torch.save(content, f"{path}.tmp")
         os.replace(f"{path}.tmp", path)
-    except (OSError, RuntimeError) as error:  # torch raises the latter on top of what went wrong
-        if isinstance(error.__context__, KeyboardInterrupt):
-            raise error.__context__ from None
-        raise OSError(f"{path} cannot be written: {error.__context__ or error}") from None
+    except RuntimeError:  # torch's, whatever went wrong
+        raise OSError(f"{path} cannot be written; is the disk full?") from None

@@ -33,8 +33,8 @@ WITH_INIT = {"sft_learning_rate": 1e-5, "learning_rate": 1e-6, "beta": 0.1}  # d
 LEAST = {"block_size": 16, "held_out": 0, "sft_steps": 0, "label_smoothing": 0, "seed": 0}
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 COLUMNS = {"loss": "loss", "accuracy": "rewards/accuracies", "margin": "rewards/margins",
-           "chosen": "logps/chosen", "rejected": "logps/rejected",
-           "held-out": "eval/loss", "(acc.)": "eval/rewards/accuracies"}
+           "chosen": "logps/chosen", "rejected": "logps/rejected"}
+HELD_OUT = {"held-out": "eval/loss", "(acc.)": "eval/rewards/accuracies"}
 
 
 def option(default, help, group=None, choices=None):  # group: a heading in --help, from here on
@@ -149,8 +149,9 @@ class Run:
             model.load_state_dict(weights)
             if moments:
                 optimizer.load_state_dict(moments)
+        columns = COLUMNS | HELD_OUT if len(held_out) else COLUMNS
         if done < steps:
-            print(f"\n{'step':>13}" + "".join(f"{label:>9}" for label in COLUMNS) + " ETA")
+            print(f"\n{'step':>13}" + "".join(f"{label:>9}" for label in columns) + " ETA")
         lengths = [sum(map(len, example)) for example in examples]
         began, recent = time.perf_counter(), []
         for step, metrics in fit(model, optimizer, lengths, loss_of, steps, peak, self.cfg, done):
@@ -172,7 +173,7 @@ class Run:
                 shown = {name: np.mean([m[name] for m in recent]) for name in metrics} | evaluated
                 left = (time.perf_counter() - began) / (step - done) * (steps - step)
                 row = "".join(f"{shown[name]:9.3f}" if name in shown else " " * 9
-                              for name in COLUMNS.values())
+                              for name in columns.values())
                 print(f"{stage:4}{f'{step}/{steps}':>9}{row}{left:3.0f}s", flush=True)
                 recent = []
         optimizer.zero_grad()  # frees the gradients; the moments go with the optimizer
