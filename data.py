@@ -211,9 +211,9 @@ def collate(examples, device="cpu"):
         positions   0    1    2   3  4    5     6   7     8     9  6   7    8   0
         segments    0    0    0   0  0    0     1   1     1     1  2   2    2   0
 
-    A row is a prompt and its completions side by side. The prompt's last token is repeated before
-    each completion, because it predicts the first token. A token attends to segment 0 and to its
-    own segment; scored are all tokens of segments 1 to K but the first of each.
+    A row is a prompt and its completions side by side. The prompt's last token stands before each
+    completion, and not in segment 0, because it predicts the first token. A token attends to
+    segment 0 and to its own segment; scored are all tokens of segments 1 to K but their first.
     """
     T = max(sum(map(len, example)) + len(example) - 2 for example in examples)
     batch = np.zeros((len(examples), 3, T), np.int64)

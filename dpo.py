@@ -10,7 +10,7 @@ Copy this file into your project: it needs torch and nothing else.
 
 In the paper x is the prompt, y_w and y_l the chosen and the rejected completion, π_θ the policy in
 training, π_ref the reference, its frozen start, β the strength of the KL penalty, and r̂(x, y) =
-β log(π_θ(y|x) / π_ref(y|x)) the implicit reward of a completion.
+β log(π_θ(y|x) / π_ref(y|x)) the implicit reward of a completion. The penalty is in r̂, by Eq. 4.
 """
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,7 @@ def sequence_logps(logits, tokens, mask):
     if logits.dim() != 3 or logits.shape[:-1] != tokens.shape or mask.shape != tokens.shape:
         raise ValueError(f"expected logits (B, T, V), tokens (B, T) and mask (B, T), got "
                          f"{tuple(logits.shape)}, {tuple(tokens.shape)} and {tuple(mask.shape)}")
-    if mask[:, 0].any():
+    if mask[:, :1].any():
         raise ValueError("expected mask False on each row's first token, which nothing predicts: "
                          "it is True on the completion and its EOS alone, unlike an attention mask")
     # The logits at position t predict the token at t + 1.
@@ -42,7 +42,7 @@ def sequence_logps(logits, tokens, mask):
     mask = mask[:, 1:].bool()
     if not mask.any(-1).all():
         raise ValueError("expected a token to score in every row, but a row has none")
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # bfloat16 sums err
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # sums in bfloat16 err
     logps = torch.log_softmax(logits, dim=-1)  # (B, T-1, V)
     logps = logps.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)  # (B, T-1)
     return torch.where(mask, logps, 0.0).sum(-1)  # select, never multiply: -inf * 0 is nan
@@ -109,7 +109,8 @@ def optimal_logps(ref_logps, rewards, beta):
     ref_logps, rewards (..., K)  over all K completions of a prompt; beta > 0
     returns (..., K)             nats; log_softmax subtracts log Z(x), Z = Σ_y π_ref(y|x) exp(r/β)
 
-    The expected DPO loss has the same optimum if labels are Bradley-Terry with rewards r (Eq. 1).
+    The expected DPO loss has the same optimum, if pairs cover all completions, labels are
+    Bradley-Terry with rewards r (Eq. 1), and nothing is smoothed.
     Worked value: π_ref (½, ½), rewards (ln 3, 0), β = 1: π* = (¾, ¼).
     """
     return torch.log_softmax(ref_logps + rewards / beta, dim=-1)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """GPT-2's network (Radford et al. 2019), small and from scratch: tokens in, logits out; sampling.
 
-B rows, T tokens, C channels, nh heads of size hs, V vocabulary, K completions a row, N positions.
+B rows, T tokens, S keys, C channels, nh heads of size hs, V vocabulary, K completions, N positions.
 No dropout: a policy that drops units and a reference that does not would disagree before the
 first step, and the DPO loss would not start at ln 2.
 """
@@ -15,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 MAX_TOKENS = 2**12  # in a batch of scoring; of sampling, twice as many
-MAX_LOGITS = 2**24  # that are made at once: parts keep the peak of memory low
+MAX_LOGITS = 2**24  # that completion_logps makes at once: parts keep the peak of memory low
 TRANSPOSED = "c_attn.weight", "c_proj.weight", "c_fc.weight"  # in GPT-2's published files
 
 
@@ -84,7 +84,7 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
-            elif "ln_" not in name:  # 2 n_layer of the c_proj add up in the residual stream
+            elif "ln_" not in name:  # the residual stream is a sum of 2 n_layer outputs of c_proj
                 summands = 2 * config.n_layer if name.endswith("c_proj.weight") else 1
                 nn.init.normal_(p, std=0.02 / summands ** 0.5)
 
@@ -93,7 +93,7 @@ class GPT(nn.Module):
 
         positions (B, T)        of each token in its text; None counts from 0
         attn_mask (B, 1, T, S)  True where token t may attend to s; None: to itself and all before
-        cache                   a dict, empty at first, of the keys and values of earlier tokens
+        cache                   a dict, empty at first, of earlier keys and values: then give all
         """
         T, longest = tokens.shape[1], self.config.block_size
         if positions is None and T > longest:

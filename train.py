@@ -142,7 +142,7 @@ class Run:
     def train(self, stage, model, examples, loss_of, steps, peak, held_out=()):
         """Fit what is left of a stage. After each tenth print its mean metrics and those of the
         held-out example numbers; save every save_every steps and at the end, but never weights
-        whose loss is not finite: a ValueError."""
+        that give four examples a loss that is not finite: a ValueError."""
         optimizer, done = torch.optim.AdamW(model.parameters(), **ADAMW), 0
         if stage in self.state:
             done, weights, moments = self.state[stage]
@@ -153,17 +153,17 @@ class Run:
         if done < steps:
             print(f"\n{'step':>13}" + "".join(f"{label:>9}" for label in columns) + " ETA")
         lengths = [sum(map(len, example)) for example in examples]
+        without_gradient = torch.no_grad()(loss_of)
         began, recent = time.perf_counter(), []
         for step, metrics in fit(model, optimizer, lengths, loss_of, steps, peak, self.cfg, done):
             recent.append(metrics)
-            due, evaluated = step % max(1, steps // 10) == 0 or step == steps, {}
-            if due and len(held_out):
-                with torch.no_grad():
-                    evaluated = {f"eval/{name}": value.mean().item()
-                                 for name, value in loss_of(held_out).items()}
+            due = step * 10 // steps > (step - 1) * 10 // steps  # ten times a stage
+            watched = without_gradient(held_out) if due and len(held_out) else {}
+            evaluated = {f"eval/{name}": value.mean().item() for name, value in watched.items()}
             self.write(stage=stage, step=step, **metrics, **evaluated)
             if step % self.cfg.save_every == 0 or step == steps:
-                if not loss_of(np.arange(len(examples))[:4])["loss"].isfinite().all():
+                first = np.arange(len(examples))[:4]
+                if not without_gradient(first)["loss"].isfinite().all():
                     raise ValueError(f"step {step}: the loss after it is not finite; is the "
                                      "learning rate too high?")
                 moments = optimizer.state_dict() if step < steps else None
@@ -201,7 +201,8 @@ def fit(model, optimizer, lengths, loss_of, steps, peak, cfg, start=0):
     loss_of  an array of b example numbers -> {name: (b,)}, of which "loss" carries the gradient
     steps    steps in all, of which start are done; peak is the highest learning rate
     cfg      batch_size, grad_accum, seed, device, dtype
-    raises ValueError if the loss or its gradient is not finite, before the weights change
+    raises ValueError if the loss or its gradient is not finite, before the weights change; in
+             float16 a step with such a gradient is skipped, since the scaler may overflow
     """
     scaler = torch.amp.GradScaler(cfg.device, enabled=cfg.dtype == "float16")
     batches = itertools.islice(data.batches(lengths, cfg.batch_size, cfg.seed), start, steps)
@@ -227,7 +228,7 @@ def fit(model, optimizer, lengths, loss_of, steps, peak, cfg, start=0):
 def logps_of(model, examples, cfg):
     """log π(y|x) of the K completions in each (prompt, completion, …) of a batch: (B, K), nats.
 
-    Matrix products run in cfg.dtype; weights, softmax and sums stay in float32."""
+    Matrix products run in cfg.dtype; weights, log-softmax and sums stay in float32."""
     with torch.autocast(cfg.device, getattr(torch, cfg.dtype), enabled=cfg.dtype != "float32"):
         return model.completion_logps(*data.collate(examples, cfg.device))
 
@@ -290,8 +291,8 @@ def outcome_logps(model, prompts, cfg, tokenizer):
 
 
 def report_exactly(reference, policy, prompts, cfg, tokenizer):
-    """Print the exact figures of SFT, DPO and the optimum of RLHF (Eq. 4). Returns them by name,
-    the prompts in ids and max_new_tokens for samples."""
+    """Print the exact figures of SFT, DPO and the optimum of RLHF (Eq. 4). Returns three things:
+    the figures by name, and for show_samples the prompts in ids and max_new_tokens."""
     rewards = data.outcome_rewards(prompts)
     sft, dpo = (outcome_logps(model, prompts, cfg, tokenizer) for model in (reference, policy))
     rows = {name: data.exact_figures(logps, sft, rewards, cfg.beta) for name, logps in (
@@ -302,7 +303,8 @@ def report_exactly(reference, policy, prompts, cfg, tokenizer):
     figures = {"objective_share": (reached - start) / (best - start) if best > start else math.nan,
                "kl_to_optimum": (best - reached) / cfg.beta,  # best - reached = β KL(π‖π*)
                "implicit_reward_correlation": torch.stack(correlations).mean().item()}
-    print(f"\n{len(prompts)} held-out prompts, exact        SFT       DPO   OPTIMUM")
+    title = f"{len(prompts)} held-out prompts, exact"
+    print(f"\n{title:28}" + "".join(f"{name.upper():>10}" for name in rows))
     for figure, label in data.FIGURES.items():
         print(f"{label:28}" + "".join(f"{row[figure]:10.4f}" for row in rows.values()))
     print("DPO reaches {objective_share:.1%} of the possible gain of the objective over SFT.\n"
@@ -313,8 +315,8 @@ def report_exactly(reference, policy, prompts, cfg, tokenizer):
 
 
 def report_on_pairs(reference, policy, pairs, cfg, tokenizer):
-    """The same for held-out pairs: their metrics, and KL(π‖π_ref) with its standard error from one
-    sample to each of at most 32 prompts."""
+    """Print what needs no true reward: the metrics of held-out pairs, and KL(π‖π_ref) with its
+    standard error from one sample to each of at most 32 prompts. Returns the same three."""
     began, n = time.perf_counter(), cfg.block_size // 2  # no completion is longer than n
     metrics = pair_metrics(score(policy, pairs, cfg), score(reference, pairs, cfg), cfg)
     figures = {name: value.mean().item() for name, value in metrics.items()}
@@ -347,11 +349,11 @@ def first_model(cfg):
     tokenizer = data.get_tokenizer(name)
     if model is None:
         sizes = cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd
-        model = GPT(GPTConfig(tokenizer.n_vocab, *sizes, name))
-    has, vocabulary = model.config, (name, tokenizer.n_vocab)
-    if (has.tokenizer, has.vocab_size) != vocabulary or has.block_size < cfg.block_size:
-        raise ValueError(f"{cfg.init}: expected tokenizer {name}, {tokenizer.n_vocab} tokens and "
-                         f"block_size {cfg.block_size} or more, got {has}")
+        return GPT(GPTConfig(tokenizer.n_vocab, *sizes, name)), tokenizer
+    has, n = model.config, tokenizer.n_vocab
+    if (has.tokenizer, has.vocab_size) != (name, n) or has.block_size < cfg.block_size:
+        raise ValueError(f"{cfg.init}: expected tokenizer {name}, {n} tokens and block_size "
+                         f"{cfg.block_size} or more, got {has}")
     return model, tokenizer
 
 
@@ -389,7 +391,7 @@ def main(arguments=None):
         pairs = make_pairs(sft, prompts, cfg, tokenizer)
 
     # 3. The reference is the SFT model. Its log-probabilities are constants: once is enough.
-    reference = sft.requires_grad_(False)
+    reference = sft.requires_grad_(False)  # the same object, frozen
     scored = pairs + (test[:32] if cfg.data else [])  # with held-out pairs to watch in training
     ref_logps = score(reference, scored, cfg)  # (n, 2)
 
@@ -407,10 +409,10 @@ def main(arguments=None):
     # 5. What came out, on held-out prompts: in the toy world, against the truth.
     if test:
         report = report_on_pairs if cfg.data else report_exactly
-        cfg = replace(cfg, dtype="float32")  # samples are drawn in it, so they are scored in it
-        figures, prompts, n = report(reference, policy, test[:256], cfg, tokenizer)
+        exact = replace(cfg, dtype="float32")  # samples are drawn in it, so they are scored in it
+        figures, prompts, n = report(reference, policy, test[:256], exact, tokenizer)
         run.write(**{f"report/{name}": value for name, value in figures.items()})
-        show_samples(reference, policy, prompts, n, cfg, tokenizer)
+        show_samples(reference, policy, prompts, n, exact, tokenizer)
 
 
 if __name__ == "__main__":

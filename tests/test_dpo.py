@@ -139,6 +139,8 @@ def test_sequence_logps_refuses_bad_arguments():
     empty[1] = False
     with pytest.raises(ValueError, match="but a row has none"):
         sequence_logps(LOGITS, TOKENS, empty)
+    with pytest.raises(ValueError, match="but a row has none"):
+        sequence_logps(LOGITS[:, :0], TOKENS[:, :0], MASK[:, :0])
 
 
 @pytest.mark.parametrize("mask", [torch.ones(2, 6), torch.ones(2, 6, dtype=torch.bool), ~MASK, TOKENS >= 0])

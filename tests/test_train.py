@@ -466,14 +466,18 @@ def test_held_out_figures_during_training_move_nothing(tmp_path, monkeypatch):
     assert not any("eval/loss" in m for m in read_metrics(tmp_path / "b"))
 
 
-def test_held_out_examples_are_scored_ten_times_and_without_gradient(tmp_path):
+@pytest.mark.parametrize("steps, looks", [(20, 10), (25, 10), (19, 10), (7, 7)])
+def test_held_out_examples_are_scored_ten_times_and_without_gradient(tmp_path, capsys, steps, looks):
+    """So is the loss that is checked before a state is saved. As many rows are printed."""
     model, seen = tiny_model(), []
     def loss_of(batch):
         seen.append((batch.tolist(), torch.is_grad_enabled()))
         return {"loss": model.wte.weight[batch].sum(1)}
     run = train.Run(Config(out=str(tmp_path), device="cpu", batch_size=4), model, [])
-    run.train("DPO", model, [[[1]]] * 8, loss_of, 20, 1e-3, np.array([8, 9]))
-    assert seen.count(([8, 9], False)) == 10 and all(trains for batch, trains in seen if batch != [8, 9])
+    run.train("DPO", model, [[[1]]] * 8, loss_of, steps, 1e-3, np.array([8, 9]))
+    assert seen.count(([8, 9], False)) == capsys.readouterr().out.count("DPO ") == looks
+    assert [batch for batch, trains in seen if not trains and batch != [8, 9]] == [[0, 1, 2, 3]]
+    assert sum(trains for _, trains in seen) == steps
 
 
 def test_the_corpus_of_own_pairs_is_what_was_preferred_and_nothing_that_is_held_out(tmp_path, capsys, monkeypatch):
