@@ -93,7 +93,7 @@ class GPT(nn.Module):
 
         positions (B, T)        of each token in its text; None counts from 0
         attn_mask (B, 1, T, S)  True where token t may attend to s; None: to itself and all before
-        cache                   a dict, empty at first, of earlier keys and values: then give all
+        cache                   keys and values so far, {} at first; then give the two above as well
         """
         T, longest = tokens.shape[1], self.config.block_size
         if positions is None and T > longest:

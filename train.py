@@ -162,7 +162,7 @@ class Run:
             evaluated = {f"eval/{name}": value.mean().item() for name, value in watched.items()}
             self.write(stage=stage, step=step, **metrics, **evaluated)
             if step % self.cfg.save_every == 0 or step == steps:
-                first = np.arange(len(examples))[:4]
+                first = np.arange(min(4, len(examples)))
                 if not without_gradient(first)["loss"].isfinite().all():
                     raise ValueError(f"step {step}: the loss after it is not finite; is the "
                                      "learning rate too high?")
@@ -409,10 +409,10 @@ def main(arguments=None):
     # 5. What came out, on held-out prompts: in the toy world, against the truth.
     if test:
         report = report_on_pairs if cfg.data else report_exactly
-        exact = replace(cfg, dtype="float32")  # samples are drawn in it, so they are scored in it
-        figures, prompts, n = report(reference, policy, test[:256], exact, tokenizer)
+        cfg32 = replace(cfg, dtype="float32")  # samples are drawn in it, so they are scored in it
+        figures, prompts, n = report(reference, policy, test[:256], cfg32, tokenizer)
         run.write(**{f"report/{name}": value for name, value in figures.items()})
-        show_samples(reference, policy, prompts, n, exact, tokenizer)
+        show_samples(reference, policy, prompts, n, cfg32, tokenizer)
 
 
 if __name__ == "__main__":
