@@ -10,7 +10,7 @@ Copy this file into your project: it needs torch and nothing else.
 
 In the paper x is the prompt, y_w and y_l the chosen and the rejected completion, π_θ the policy in
 training, π_ref the reference, its frozen start, β the strength of the KL penalty, and r̂(x, y) =
-β log(π_θ(y|x) / π_ref(y|x)) the implicit reward of a completion. The loss needs no KL term beside it.
+β log(π_θ(y|x) / π_ref(y|x)) the implicit reward of a completion. The loss adds no KL term to it.
 """
 import torch
 import torch.nn.functional as F
