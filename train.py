@@ -13,6 +13,7 @@ import copy
 import itertools
 import json
 import math
+import re
 import signal
 import sys
 import time
@@ -30,41 +31,40 @@ from model import GPT, GPTConfig, MAX_TOKENS, load_checkpoint, save_checkpoint
 
 ADAMW = {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}
 WITH_INIT = {"sft_learning_rate": 1e-5, "learning_rate": 1e-6, "beta": 0.1}  # defaults for GPT-2
-LEAST = {"block_size": 16, "held_out": 0, "sft_steps": 0, "label_smoothing": 0, "seed": 0}
+MAY_BE_0 = "held_out", "sft_steps", "label_smoothing", "seed"
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-COLUMNS = {"loss": "loss", "accuracy": "rewards/accuracies", "margin": "rewards/margins",
-           "chosen": "logps/chosen", "rejected": "logps/rejected"}
-HELD_OUT = {"held-out": "eval/loss", "(acc.)": "eval/rewards/accuracies"}
+COLUMNS = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin",
+           "logps/chosen": "chosen", "logps/rejected": "rejected",
+           "eval/loss": "held-out", "eval/rewards/accuracies": "(acc.)"}
 
 
-def option(default, help, group=None, choices=None):  # group: a heading in --help, from here on
-    return field(default=default, metadata={"help": help, "group": group, "choices": choices})
+def option(default, help, choices=None, group=None):  # group: a heading in --help, from here on
+    return field(default=default, metadata={"help": help, "choices": choices, "group": group})
 
 
 @dataclass
 class Config:
-    data: str = option(None, "JSONL file of prompt, chosen, rejected; else the toy world", "data")
+    data: str = option(None, "JSONL of prompt, chosen, rejected; else the toy world", group="data")
     held_out: float = option(0.1, "fraction of the prompts of --data to hold out")
-    tokenizer: str = option("auto", "tokenizer for --data; auto: that of --init, without it gpt2",
-                            choices=("auto", "toy", "gpt2"))
+    tokenizer: str = option("auto", "of --data; auto: --init's, else gpt2", ("auto", "toy", "gpt2"))
     block_size: int = option(256, "longest prompt with its completion, in tokens")
     n_pairs: int = option(32768, "preference pairs to sample in the toy world")
     n_reviews: int = option(20000, "reviews in the SFT corpus of the toy world")
-    init: str = option(None, "checkpoint to start from, or GPT-2's pytorch_model.bin", "model")
+    init: str = option(None, "checkpoint to start from, or GPT-2's", group="model")
     n_layer: int = option(1, "transformer blocks, without --init")
     n_head: int = option(4, "attention heads in a block, without --init")
     n_embd: int = option(64, "channels, a multiple of n_head, without --init")
-    sft_steps: int = option(1000, "steps, one batch each; 0 for none", "SFT")
+    sft_steps: int = option(1000, "steps, one batch each; 0 for none", group="SFT")
     sft_learning_rate: float = option(4e-3, "peak learning rate; with --init 1e-5")
-    steps: int = option(1000, "steps, one batch each", "DPO")
+    steps: int = option(1000, "steps, one batch each", group="DPO")
     learning_rate: float = option(1e-3, "peak learning rate; with --init 1e-6")
     beta: float = option(1.0, "strength of the KL penalty; with --init 0.1")
     label_smoothing: float = option(0.0, "fraction of labels believed flipped, below 0.5")
-    batch_size: int = option(64, "texts (SFT) or pairs (DPO) in a batch", "run")
+    batch_size: int = option(64, "texts (SFT) or pairs (DPO) in a batch", group="run")
     grad_accum: int = option(1, "parts in which a batch is run, to save memory")
-    device: str = option(DEVICES[-1], "cpu, or cuda, the default with a GPU", choices=DEVICES)
+    device: str = option(DEVICES[-1], "cpu, or cuda, the default with a GPU", DEVICES)
     dtype: str = option("auto", "type in matrix products; auto: bfloat16 on a GPU, else float32",
-                        choices=("auto", "float32", "bfloat16", "float16"))
+                        ("auto", "float32", "bfloat16", "float16"))
     seed: int = option(0, "seed of weights, data, samples and batches")
     out: str = option("out", "folder for checkpoints and metrics")
     save_every: int = option(100, "steps between two states to resume from")
@@ -72,14 +72,12 @@ class Config:
 
     def __post_init__(self):
         for f in fields(self):
-            if f.type in (int, float):
-                value, least = getattr(self, f.name), LEAST.get(f.name)
-                if not (0 < value < 2**32 if least is None else least <= value < 2**32):
-                    bound = "above 0" if least is None else f"at least {least}"
-                    raise ValueError(f"expected {f.name} {bound} and below 2**32, got {value}")
+            value, may_be_0 = getattr(self, f.name), f.name in MAY_BE_0
+            if f.type in (int, float) and not (0 < value < 2**32 or value == 0 and may_be_0):
+                bound = "at least 0" if may_be_0 else "above 0"
+                raise ValueError(f"expected {f.name} {bound} and below 2**32, got {value}")
         dpo_loss(*torch.zeros(4, 1), self.beta, label_smoothing=self.label_smoothing)  # checks both
-        if self.dtype == "auto":
-            self.dtype = "float32" if self.device == "cpu" else "bfloat16"
+        self.dtype = self.dtype.replace("auto", "float32" if self.device == "cpu" else "bfloat16")
 
 
 def parse_config(arguments=None):
@@ -87,7 +85,7 @@ def parse_config(arguments=None):
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.error = fail
     for f in fields(Config):
-        text, group, choices = f.metadata.values()
+        text, choices, group = f.metadata.values()
         if group:
             section = parser.add_argument_group(group)
         kind = dict(action="store_true") if f.type is bool else dict(
@@ -102,89 +100,6 @@ def parse_config(arguments=None):
 def fail(message):
     print("error:", str(message).split("\n")[0], file=sys.stderr)
     sys.exit(2)
-
-
-class Run:
-    """The folder --out: metrics.jsonl, and state.pt, from which --resume continues. A state holds
-    the metrics so far, each stage's step and weights, and the optimizer of the one in training. No
-    random state: samples, labels and batches come out the same again from the seed."""
-
-    def __init__(self, cfg, model, texts):
-        """Open --out for a run of cfg that begins with this model and these texts."""
-        out = Path(cfg.out)
-        for path in cfg.data, cfg.init:
-            if path and out.resolve() in (Path(path).resolve().parent, Path(path).parent.resolve()):
-                raise ValueError(f"{path}: this run could overwrite it; choose another --out")
-        weights = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
-        modules = [Path(data.__file__).with_name(f"{name}.py").read_bytes()
-                   for name in ("dpo", "model", "data", "train")]
-        made_with = asdict(replace(cfg, data=None, init=None, out="", save_every=1, resume=False))
-        made_with |= {
-            "texts": zlib.crc32(repr(texts).encode()), "weights": zlib.crc32(weights.numpy()),
-            "version": zlib.crc32(b"".join(modules)), "torch": str(torch.__version__),
-            "threads": torch.get_num_threads()}
-        out.mkdir(parents=True, exist_ok=True)
-        self.cfg, self.path, metrics = cfg, out / "state.pt", out / "metrics.jsonl"
-        self.state = {"made_with": made_with, "metrics": []}
-        if cfg.resume and self.path.exists():
-            self.state = load_checkpoint(self.path)
-            for name, value in made_with.items():
-                if self.state.get("made_with", {}).get(name) != value:
-                    raise ValueError(f"{self.path}: not a state, or made with another {name}")
-        else:
-            old = filter(Path.exists, [metrics, self.path, out / "sft.pt", out / "dpo.pt"])
-            if moved := [file.replace(f"{file}.old").name for file in old]:
-                print(f"{out}: earlier files are now called {', '.join(moved)}")
-        self.file = open(metrics, "w")
-        self.file.writelines(self.state["metrics"])
-        save_checkpoint(self.path, self.state)
-
-    def train(self, stage, model, examples, loss_of, steps, peak, held_out=()):
-        """Fit what is left of a stage. After each tenth print its mean metrics and those of the
-        held-out example numbers; save every save_every steps and at the end, but never weights
-        that give four examples a loss that is not finite: a ValueError."""
-        optimizer, done = torch.optim.AdamW(model.parameters(), **ADAMW), 0
-        if stage in self.state:
-            done, weights, moments = self.state[stage]
-            model.load_state_dict(weights)
-            if moments:
-                optimizer.load_state_dict(moments)
-        columns = COLUMNS | HELD_OUT if len(held_out) else COLUMNS
-        if done < steps:
-            print(f"\n{'step':>13}" + "".join(f"{label:>9}" for label in columns) + " ETA")
-        lengths = [sum(map(len, example)) for example in examples]
-        without_gradient = torch.no_grad()(loss_of)
-        began, recent = time.perf_counter(), []
-        for step, metrics in fit(model, optimizer, lengths, loss_of, steps, peak, self.cfg, done):
-            recent.append(metrics)
-            due = step * 10 // steps > (step - 1) * 10 // steps  # ten times a stage
-            watched = without_gradient(held_out) if due and len(held_out) else {}
-            evaluated = {f"eval/{name}": value.mean().item() for name, value in watched.items()}
-            self.write(stage=stage, step=step, **metrics, **evaluated)
-            if step % self.cfg.save_every == 0 or step == steps:
-                first = np.arange(min(4, len(examples)))
-                if not without_gradient(first)["loss"].isfinite().all():
-                    raise ValueError(f"step {step}: the loss after it is not finite; is the "
-                                     "learning rate too high?")
-                moments = optimizer.state_dict() if step < steps else None
-                self.state[stage] = step, model.state_dict(), moments
-                save_checkpoint(self.path, self.state)
-            if due:
-                shown = {name: np.mean([m[name] for m in recent]) for name in metrics} | evaluated
-                left = (time.perf_counter() - began) / (step - done) * (steps - step)
-                row = "".join(f"{shown[name]:9.3f}" if name in shown else " " * 9
-                              for name in columns.values())
-                print(f"{stage:4}{f'{step}/{steps}':>9}{row}{left:3.0f}s", flush=True)
-                recent = []
-        optimizer.zero_grad()  # frees the gradients; the moments go with the optimizer
-
-    def write(self, **metrics):
-        """Add a line to metrics.jsonl. A figure that is not finite becomes null, as JSON wants."""
-        metrics = {name: value if isinstance(value, str) or math.isfinite(value) else None
-                   for name, value in metrics.items()}
-        self.state["metrics"].append(json.dumps(metrics) + "\n")
-        self.file.write(self.state["metrics"][-1])
-        self.file.flush()
 
 
 def learning_rate(step, steps, peak):
@@ -291,8 +206,7 @@ def outcome_logps(model, prompts, cfg, tokenizer):
 
 
 def report_exactly(reference, policy, prompts, cfg, tokenizer):
-    """Print the exact figures of SFT, DPO and the optimum of RLHF (Eq. 4). Returns three things:
-    the figures by name, and for show_samples the prompts in ids and max_new_tokens."""
+    """Print and return the exact figures of SFT, DPO and the optimum of RLHF (Eq. 4)."""
     rewards = data.outcome_rewards(prompts)
     sft, dpo = (outcome_logps(model, prompts, cfg, tokenizer) for model in (reference, policy))
     rows = {name: data.exact_figures(logps, sft, rewards, cfg.beta) for name, logps in (
@@ -300,7 +214,7 @@ def report_exactly(reference, policy, prompts, cfg, tokenizer):
     start, reached, best = (row["objective"] for row in rows.values())
     correlations = [torch.corrcoef(torch.stack([change, r])[:, :-1])[0, 1]
                     for change, r in zip(dpo - sft, rewards)]
-    figures = {"objective_share": (reached - start) / (best - start) if best > start else math.nan,
+    figures = {"objective_share": (reached - start) / (best - start),
                "kl_to_optimum": (best - reached) / cfg.beta,  # best - reached = β KL(π‖π*)
                "implicit_reward_correlation": torch.stack(correlations).mean().item()}
     title = f"{len(prompts)} held-out prompts, exact"
@@ -311,33 +225,115 @@ def report_exactly(reference, policy, prompts, cfg, tokenizer):
           "KL(π‖π*) is {kl_to_optimum:.4f} nats. Over all reviews implicit and true reward\n"
           "correlate at {implicit_reward_correlation:.4f}.".format(**figures))
     figures |= {f"{name}/{figure}": row[figure] for name, row in rows.items() for figure in row}
-    return figures, [tokenizer.encode_ordinary(x) for x in prompts], data.MAX_NEW_TOKENS
+    return figures
 
 
 def report_on_pairs(reference, policy, pairs, cfg, tokenizer):
-    """Print what needs no true reward: the metrics of held-out pairs, and KL(π‖π_ref) with its
-    standard error from one sample to each of at most 32 prompts. Returns the same three."""
-    began, n = time.perf_counter(), cfg.block_size // 2  # no completion is longer than n
+    """Print and return what needs no true reward, the mean metrics of held-out pairs."""
     metrics = pair_metrics(score(policy, pairs, cfg), score(reference, pairs, cfg), cfg)
-    figures = {name: value.mean().item() for name, value in metrics.items()}
-    prompts = [list(x) for x in dict.fromkeys(tuple(x[-n:]) for x, _, _ in pairs)][:32]
-    samples = list(zip(prompts, sample(policy, prompts, n, cfg, tokenizer)))
-    log_ratios = score(policy, samples, cfg) - score(reference, samples, cfg)
-    error = log_ratios.std().item() / len(samples) ** 0.5 if len(samples) > 1 else math.nan
-    figures |= {"kl": log_ratios.mean().item(), "kl_error": error}
     print(f"\n{len(pairs)} held-out pairs (before DPO: loss 0.693, accuracies 0.5, margins 0)")
-    for name, value in (figures | {"seconds for these": time.perf_counter() - began}).items():
-        print(f"    {name:22}{value:9.3f}")
-    return figures, prompts, n
+    for name, value in metrics.items():
+        print(f"    {name:22}{value.mean():9.3f}")
+    return {name: value.mean().item() for name, value in metrics.items()}
 
 
-def show_samples(reference, policy, prompts, max_new_tokens, cfg, tokenizer):
-    """Print a completion of SFT and one of DPO to each of four prompts."""
-    before, after = (sample(model, prompts[:4], max_new_tokens, cfg, tokenizer)
-                     for model in (reference, policy))
+def report_on_samples(reference, policy, prompts, max_new_tokens, cfg, tokenizer):
+    """Print a completion of SFT and of DPO to each of four prompts, and KL(π‖π_ref) as the mean of
+    log π(y|x) - log π_ref(y|x) over a sample y ~ π to each prompt. Returns it and its error."""
+    before = sample(reference, prompts[:4], max_new_tokens, cfg, tokenizer)
+    after = sample(policy, prompts, max_new_tokens, cfg, tokenizer)
     for prompt, y, better_y in zip(prompts, before, after):
         print(f"\n{tokenizer.decode(prompt)!r:.80}\n    SFT {data.decode(tokenizer, y)!r:.71}\n"
               f"    DPO {data.decode(tokenizer, better_y)!r:.71}")
+    examples = list(zip(prompts, after))
+    log_ratios = score(policy, examples, cfg) - score(reference, examples, cfg)
+    kl, error = log_ratios.mean().item(), log_ratios.std().item() / len(examples) ** 0.5
+    print(f"\nKL(π‖π_ref) from {len(examples)} samples: {kl:.3f} ± {error:.3f} nats")
+    return {"kl": kl, "kl_error": error}
+
+
+class Run:
+    """The folder --out: metrics.jsonl, and state.pt, from which --resume continues. A state holds
+    the metrics so far, each stage's step and weights, and the optimizer of the one in training. No
+    random state: samples, labels and batches come out the same again from the seed."""
+
+    def __init__(self, cfg, model, texts):
+        """Open --out for a run of cfg that begins with this model and these texts."""
+        out = Path(cfg.out)
+        for path in cfg.data, cfg.init:
+            if path and out.resolve() in (Path(path).resolve().parent, Path(path).parent.resolve()):
+                raise ValueError(f"{path}: this run could overwrite it; choose another --out")
+        weights = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+        modules = [Path(data.__file__).with_name(f"{name}.py").read_bytes()
+                   for name in ("dpo", "model", "data", "train")]
+        made_with = asdict(replace(cfg, data=None, init=None, out="", save_every=1, resume=False))
+        made_with |= {
+            "texts": zlib.crc32(repr(texts).encode()), "weights": zlib.crc32(weights.numpy()),
+            "version": zlib.crc32(b"".join(modules)), "torch": str(torch.__version__),
+            "threads": torch.get_num_threads()}
+        out.mkdir(parents=True, exist_ok=True)
+        self.cfg, self.path, metrics = cfg, out / "state.pt", out / "metrics.jsonl"
+        self.state = {"made_with": made_with, "metrics": []}
+        if cfg.resume and self.path.exists():
+            self.state = load_checkpoint(self.path)
+            for name, value in made_with.items():
+                if self.state.get("made_with", {}).get(name) != value:
+                    raise ValueError(f"{self.path}: not a state, or made with another {name}")
+        else:
+            old = filter(Path.exists, [metrics, self.path, out / "sft.pt", out / "dpo.pt"])
+            if moved := [file.replace(f"{file}.old").name for file in old]:
+                print(f"{out}: earlier files are now called {', '.join(moved)}")
+        self.file = open(metrics, "w")
+        self.file.writelines(self.state["metrics"])
+        save_checkpoint(self.path, self.state)
+
+    def train(self, stage, model, examples, loss_of, steps, peak, held_out=()):
+        """Fit what is left of a stage. After each tenth print its mean metrics, and those of the
+        held-out example numbers; save every save_every steps and at the end, but never weights
+        that give four examples a loss that is not finite: a ValueError."""
+        optimizer, done = torch.optim.AdamW(model.parameters(), **ADAMW), 0
+        if stage in self.state:
+            done, weights, moments = self.state[stage]
+            model.load_state_dict(weights)
+            if moments:
+                optimizer.load_state_dict(moments)
+        lengths = [sum(map(len, example)) for example in examples]
+        watch, recent, began = torch.no_grad()(loss_of), [], time.perf_counter()
+        for step, metrics in fit(model, optimizer, lengths, loss_of, steps, peak, self.cfg, done):
+            due = step * 10 // steps > (step - 1) * 10 // steps  # ten times a stage
+            if due and len(held_out):
+                metrics |= {f"eval/{name}": x.mean().item() for name, x in watch(held_out).items()}
+            recent.append(metrics)
+            self.write(stage=stage, step=step, **metrics)
+            if step % self.cfg.save_every == 0 or step == steps:
+                if not watch(np.arange(min(4, len(examples))))["loss"].isfinite().all():
+                    raise ValueError(f"step {step}: the loss after it is not finite; is the "
+                                     "learning rate too high?")
+                moments = optimizer.state_dict() if step < steps else None
+                self.state[stage] = step, model.state_dict(), moments
+                save_checkpoint(self.path, self.state)
+            if due:
+                left = (time.perf_counter() - began) / (step - done) * (steps - step)
+                print_row(stage, step, steps, recent, left, first=len(recent) == step - done)
+                recent = []
+        optimizer.zero_grad()  # frees the gradients; the moments go with the optimizer
+
+    def write(self, **metrics):
+        """Add a line to metrics.jsonl. A figure that is not finite becomes null, as JSON wants."""
+        line = re.sub("NaN|-?Infinity", "null", json.dumps(metrics))
+        self.state["metrics"].append(line + "\n")
+        self.file.write(self.state["metrics"][-1])
+        self.file.flush()
+
+
+def print_row(stage, step, steps, recent, seconds_left, first):
+    """Print the mean metrics of recent steps; first, above them, what they are."""
+    row = {label: np.mean([metrics[name] for metrics in recent if name in metrics])
+           for name, label in COLUMNS.items() if name in recent[-1]}
+    if first:
+        print(f"\n{'step':>13}" + "".join(f"{label:>9}" for label in row) + " ETA")
+    figures = "".join(f"{mean:9.3f}" for mean in row.values())
+    print(f"{stage:4}{f'{step}/{steps}':>9}{figures}{seconds_left:3.0f}s", flush=True)
 
 
 def first_model(cfg):
@@ -347,10 +343,9 @@ def first_model(cfg):
     if name == "auto":
         name = model.config.tokenizer if model else "gpt2"
     tokenizer = data.get_tokenizer(name)
-    if model is None:
-        sizes = cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd
-        return GPT(GPTConfig(tokenizer.n_vocab, *sizes, name)), tokenizer
-    has, n = model.config, tokenizer.n_vocab
+    n = tokenizer.n_vocab
+    model = model or GPT(GPTConfig(n, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd, name))
+    has = model.config
     if (has.tokenizer, has.vocab_size) != (name, n) or has.block_size < cfg.block_size:
         raise ValueError(f"{cfg.init}: expected tokenizer {name}, {n} tokens and block_size "
                          f"{cfg.block_size} or more, got {has}")
@@ -365,12 +360,15 @@ def main(arguments=None):
     if cfg.data:
         pairs, test, counts = data.split_pairs(
             texts, tokenizer, cfg.block_size, cfg.held_out, cfg.seed)
-        corpus = [(x, chosen) for x, chosen, _ in pairs]
         print("pairs:", *(f"{n:10,} {name}" for name, n in counts.items()), sep="\n")
+        corpus = [(x, chosen) for x, chosen, _ in pairs]
+        longest = cfg.block_size // 2  # no completion is longer
+        test_prompts = list(map(list, dict.fromkeys(tuple(x[-longest:]) for x, _, _ in test)))
     else:
-        prompts, test = texts  # to train on and held out; test holds prompts, above pairs
+        prompts, test = texts
         reviews = data.corpus(prompts, cfg.n_reviews, np.random.default_rng((cfg.seed, 1)))
         corpus = [data.encode(tokenizer, x, y) for x, y in reviews]
+        longest, test_prompts = data.MAX_NEW_TOKENS, [tokenizer.encode_ordinary(x) for x in test]
     if sum(p.numel() for p in sft.parameters()) < 2**20:
         torch.set_num_threads(1)  # several would wait for each other more than they compute
     run = Run(cfg, sft, texts)
@@ -410,9 +408,11 @@ def main(arguments=None):
     if test:
         report = report_on_pairs if cfg.data else report_exactly
         cfg32 = replace(cfg, dtype="float32")  # samples are drawn in it, so they are scored in it
-        figures, prompts, n = report(reference, policy, test[:256], cfg32, tokenizer)
+        models, began = (reference, policy), time.perf_counter()
+        figures = report(*models, test[:256], cfg32, tokenizer)
+        figures |= report_on_samples(*models, test_prompts[:32], longest, cfg32, tokenizer)
+        print(f"The report took {time.perf_counter() - began:.1f} s.")
         run.write(**{f"report/{name}": value for name, value in figures.items()})
-        show_samples(reference, policy, prompts, n, cfg32, tokenizer)
 
 
 if __name__ == "__main__":
@@ -428,5 +428,5 @@ if __name__ == "__main__":
         sys.exit(130)
     except OSError as error:
         fail(f"{error.filename}: {error.strerror.lower()}" if error.filename else error)
-    except (MemoryError, OverflowError, RuntimeError, ValueError) as error:
+    except (ArithmeticError, MemoryError, RuntimeError, ValueError) as error:
         fail(str(error) or "out of memory")

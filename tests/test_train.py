@@ -68,9 +68,10 @@ def test_a_small_run_beats_the_bar_on_held_out_prompts(small):
     process, out = small
     assert process.returncode == 0, process.stderr
     report = {name.removeprefix("report/"): value for name, value in read_metrics(out)[-1].items()}
-    assert set(report) == {"objective_share", "kl_to_optimum", "implicit_reward_correlation"} | {
+    assert set(report) == {"objective_share", "kl_to_optimum", "implicit_reward_correlation", "kl", "kl_error"} | {
         f"{row}/{figure}" for row in ("sft", "dpo", "optimum") for figure in data.FIGURES}
     assert report["sft/reward"] < 0.6 and report["dpo/reward"] > 2.5
+    assert abs(report["kl"] - report["dpo/kl"]) < 4 * report["kl_error"] < 4  # the estimate that own pairs get, beside the truth
     assert 0.95 < report["objective_share"] < 1 and 0 < report["kl_to_optimum"] < 0.1
     assert report["dpo/valid"] > 0.99 and report["dpo/win_rate"] > 0.85
     assert report["implicit_reward_correlation"] > 0.98
@@ -112,7 +113,7 @@ def test_checkpoints_load_as_plain_weights_and_the_reference_is_not_the_policy(s
 
 
 def test_the_same_seed_gives_the_same_metrics_and_another_seed_gives_others(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "report_exactly", lambda sft, policy, prompts, *_: ({}, [[1]], 1))
+    monkeypatch.setattr(train, "report_exactly", lambda *_: {})
     for name, seed in ("a", 0), ("b", 0), ("c", 1):
         train.main([*TINY, "--seed", str(seed), "--out", str(tmp_path / name)])
     assert read_metrics(tmp_path / "a") == read_metrics(tmp_path / "b") != read_metrics(tmp_path / "c")
@@ -151,12 +152,13 @@ def test_half_precision_trains_with_float32_weights_and_reports_in_float32(tmp_p
     """Samples are drawn outside of autocast; scored inside it, they would be those of another policy."""
     reported = []
     monkeypatch.setattr(train, "report_exactly", lambda sft, policy, prompts, cfg, _: (
-        reported.append(cfg.dtype) or {}, [[1]], 1))
+        reported.append(cfg.dtype) or {}))
+    monkeypatch.setattr(train, "report_on_samples", lambda *arguments: reported.append(arguments[4].dtype) or {})
     train.main([*TINY, "--dtype", dtype, "--out", str(tmp_path)])
     metrics = dpo_metrics(tmp_path)
     assert all(math.isfinite(m["loss"]) for m in metrics) and metrics[-1]["loss"] != metrics[0]["loss"]
     assert torch.load(tmp_path / "dpo.pt", weights_only=True)["weights"]["lm_head.weight"].dtype == torch.float32
-    assert reported == ["float32"]
+    assert reported == ["float32", "float32"]
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -168,7 +170,7 @@ def test_half_precision_trains_with_float32_weights_and_reports_in_float32(tmp_p
     (["--learning_rate", "0"], "expected learning_rate above 0 and below 2**32, got 0.0"),
     (["--steps", "0"], "expected steps above 0 and below 2**32, got 0"), (["--batch_size", "-3"], "expected batch_size above 0 and below 2**32, got -3"),
     (["--seed", str(2**32)], f"expected seed at least 0 and below 2**32, got {2**32}"),
-    (["--seed", "-1"], "expected seed at least 0 and below 2**32, got -1"), (["--block_size", "8"], "expected block_size at least 16 and below 2**32, got 8")])
+    (["--seed", "-1"], "expected seed at least 0 and below 2**32, got -1"), (["--block_size", "0"], "expected block_size above 0 and below 2**32, got 0")])
 def test_an_impossible_value_is_refused_by_name(arguments, message):
     with pytest.raises(ValueError) as refused:
         train.parse_config(arguments)
@@ -312,7 +314,7 @@ def test_after_sft_the_reference_is_frozen_and_its_gradients_and_optimizer_are_g
         return make_pairs(sft, *rest)
     def report(reference, policy, *_):
         seen["trainable"] = [any(p.requires_grad for p in model.parameters()) for model in (reference, policy)]
-        return {}, [[1]], 1
+        return {}
     monkeypatch.setattr(train, "make_pairs", watched)
     monkeypatch.setattr(train, "report_exactly", report)
     runs, opened = [], train.Run.__init__
@@ -383,10 +385,9 @@ def test_the_report_stands_beside_the_optimum_and_touches_nothing():
     policy = copy.deepcopy(model)
     with torch.no_grad():
         policy.ln_f.weight *= 3
-    figures, ids, longest = train.report_exactly(model, policy, prompts, cfg, TOKENIZER)
+    figures = train.report_exactly(model, policy, prompts, cfg, TOKENIZER)
     assert model.training and all(p.grad is None for p in model.parameters())
     assert torch.equal(torch.get_rng_state(), state) and str(np.random.get_state()) == numpy_state
-    assert [TOKENIZER.decode(x) for x in ids] == prompts and longest == data.MAX_NEW_TOKENS
     rewards = data.outcome_rewards(prompts)
     ref, dpo = (train.outcome_logps(m, prompts, cfg, TOKENIZER) for m in (model, policy))
     assert torch.allclose(dpo.exp().sum(-1), torch.ones(2).double()) and dpo.shape == (2, 1885)
@@ -430,7 +431,7 @@ def test_the_chosen_completion_is_the_better_one_as_often_as_bradley_terry_says(
 def test_the_samples_of_different_prompts_differ(capsys):
     """One generator serves the whole table: an untrained model says something else to each prompt."""
     model, prompts = tiny_model(), [TOKENIZER.encode_ordinary(x) for x in data.prompts()[1]]
-    train.show_samples(model, model, prompts, 12, Config(device="cpu"), TOKENIZER)
+    train.report_on_samples(model, model, prompts, 12, Config(device="cpu"), TOKENIZER)
     printed = capsys.readouterr().out
     assert len({line for line in printed.splitlines() if line.startswith("    SFT")}) == 4
     assert printed.replace("SFT", "DPO").count("    DPO") == 8 and printed.count("Last night") == 4
@@ -457,7 +458,7 @@ def test_own_pairs_from_a_file_teach_on_prompts_that_were_held_out(tmp_path):
 def test_held_out_figures_during_training_move_nothing(tmp_path, monkeypatch):
     """The weights come out the same without them."""
     train.main([*OWN, "--out", str(tmp_path / "a")])
-    monkeypatch.setattr(train, "report_on_pairs", lambda *_: ({}, [[1]], 1))
+    monkeypatch.setattr(train, "report_on_pairs", lambda *_: {})
     monkeypatch.setattr(train.Run, "train", lambda self, *arguments, train=train.Run.train: train(self, *arguments[:6]))
     train.main([*OWN, "--out", str(tmp_path / "b")])
     a, b = (torch.load(tmp_path / name / "dpo.pt", weights_only=True)["weights"] for name in "ab")
@@ -488,7 +489,7 @@ def test_the_corpus_of_own_pairs_is_what_was_preferred_and_nothing_that_is_held_
         if len(held_out):
             watched.update(found=loss_of(held_out)["logps/chosen"], model=model)
     monkeypatch.setattr(train.Run, "train", run_train)
-    monkeypatch.setattr(train, "report_on_pairs", lambda reference, policy, pairs, *_: seen.update(held_out=pairs) or ({}, [[1]], 1))
+    monkeypatch.setattr(train, "report_on_pairs", lambda reference, policy, pairs, *_: seen.update(held_out=pairs) or {})
     train.main([*OWN, "--out", str(tmp_path)])
     text_of = lambda x, y: (TOKENIZER.decode(x), TOKENIZER.decode(y[:-1]))
     chosen = {pair[:2] for pair in data.read_jsonl(PAIRS)}
@@ -504,38 +505,46 @@ def test_no_pairs_need_be_held_out(tmp_path, capsys):
     assert [m["stage"] for m in read_metrics(tmp_path)] == ["SFT"] * 3 + ["DPO"] * 3
 
 
-def test_the_report_on_own_pairs_samples_from_32_prompts_at_most_and_one_prompt_has_no_error(capsys, monkeypatch):
-    model, pairs, asked = tiny_model(), tiny_pairs(1) * 100, []
-    pairs = [(x[:-1] + [i], y_w, y_l) for i, (x, y_w, y_l) in enumerate(pairs)]
-    sample = GPT.sample
-    monkeypatch.setattr(GPT, "sample", lambda self, prompts, *rest: asked.append(len(prompts)) or sample(self, prompts, *rest))
-    cfg = Config(device="cpu")
-    train.report_on_pairs(model, model, pairs, cfg, TOKENIZER)
-    figures, prompts, longest = train.report_on_pairs(model, model, pairs[:1], cfg, TOKENIZER)
-    assert asked == [32, 1] and figures["kl"] == 0 and math.isnan(figures["kl_error"])
-    assert longest == 128 and "seconds for these" in capsys.readouterr().out
+def test_the_report_on_own_pairs_has_256_pairs_and_32_samples_at_most_and_its_time(tmp_path, capsys, monkeypatch):
+    asked, shown = [], []
+    monkeypatch.setattr(train, "report_on_pairs", lambda reference, policy, pairs, *_: asked.append(len(pairs)) or {})
+    monkeypatch.setattr(train, "report_on_samples", lambda reference, policy, prompts, longest, *_: shown.append((prompts, longest)) or {})
+    pairs = [(f"question {i // 2}", " yes", f" no {i}") for i in range(600)]  # two to each prompt
+    monkeypatch.setattr(data, "read_jsonl", lambda path: pairs)
+    train.main([*OWN, "--held_out", "0.7", "--out", str(tmp_path)])
+    prompts, longest = shown[0]
+    assert asked == [256] and len(prompts) == len(set(map(tuple, prompts))) == 32 and longest == 128
+    assert "The report took " in capsys.readouterr().out
 
 
-def test_the_kl_on_own_pairs_is_the_mean_log_ratio_of_samples_with_its_standard_error():
-    reference, cfg, pairs = tiny_model(), Config(device="cpu"), tiny_pairs(1) * 9
-    policy, pairs = copy.deepcopy(reference), [(x[:-1] + [i], y_w, y_l) for i, (x, y_w, y_l) in enumerate(pairs)]
+def test_the_kl_is_the_mean_log_ratio_of_samples_with_its_standard_error(capsys):
+    reference, cfg = tiny_model(), Config(device="cpu")
+    policy, prompts = copy.deepcopy(reference), [x for x, _, _ in tiny_pairs(9)]
     with torch.no_grad():
         policy.ln_f.weight *= 3
-    figures, prompts, longest = train.report_on_pairs(reference, policy, pairs, cfg, TOKENIZER)
-    samples = list(zip(prompts, train.sample(policy, prompts, longest, cfg, TOKENIZER)))
+    figures = train.report_on_samples(reference, policy, prompts, 128, cfg, TOKENIZER)
+    samples = list(zip(prompts, train.sample(policy, prompts, 128, cfg, TOKENIZER)))
     ratios = (train.score(policy, samples, cfg) - train.score(reference, samples, cfg)).numpy()
     assert figures["kl"] == pytest.approx(ratios.mean()) and figures["kl_error"] == pytest.approx(ratios.std(ddof=1) / 3)
+    assert f"from 9 samples: {ratios.mean():.3f} ± " in capsys.readouterr().out
+    with pytest.warns(UserWarning, match="degrees of freedom"):
+        figures = train.report_on_samples(model := tiny_model(), model, prompts[:1], 128, cfg, TOKENIZER)
+    assert figures["kl"] == 0 and math.isnan(figures["kl_error"])  # one sample has no error
 
 
-def test_a_prompt_that_samples_would_not_fit_behind_loses_its_first_tokens():
-    model = tiny_model(block_size=16)
-    pairs = [(list(range(12)), [1] * 3, [2] * 4), ([5], [1] * 8, [2])]
-    _, prompts, longest = train.report_on_pairs(model, model, pairs, Config(device="cpu", block_size=16), TOKENIZER)
-    assert longest == 8 and prompts == [list(range(4, 12)), [5]]
+def test_a_prompt_that_samples_would_not_fit_behind_loses_its_first_tokens(tmp_path, monkeypatch):
+    """Half of --block_size is for the prompt, half for the completion, since none is longer."""
+    shown, pairs = [], [("a thriller" + "!" * 12, " dull", " slow"), ("?", " tense tense tense tense tense tense", " dull")] * 20
+    monkeypatch.setattr(data, "read_jsonl", lambda path: pairs)
+    monkeypatch.setattr(train, "report_on_samples", lambda reference, policy, prompts, longest, *_: shown.append((prompts, longest)) or {})
+    monkeypatch.setattr(data, "split_pairs", lambda *arguments, split=data.split_pairs: (split(*arguments)[0], split(*arguments)[0], {}))
+    train.main([*OWN, "--block_size", "16", "--held_out", "0", "--out", str(tmp_path)])
+    ids = TOKENIZER.encode_ordinary
+    assert shown == [([ids("!" * 8), ids("?")], 8)]
 
 
 def test_init_starts_from_a_checkpoint_and_sft_can_be_skipped(small, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train, "report_exactly", lambda *_: ({}, [[1]], 1))
+    monkeypatch.setattr(train, "report_exactly", lambda *_: {})
     sft = small[1] / "sft.pt"
     train.main([*TINY, "--init", str(sft), "--sft_steps", "0", "--out", str(tmp_path)])
     assert "SFT   " not in capsys.readouterr().out
