@@ -31,7 +31,7 @@ from model import GPT, GPTConfig, MAX_TOKENS, load_checkpoint, save_checkpoint
 
 ADAMW = {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}
 WITH_INIT = {"sft_learning_rate": 1e-5, "learning_rate": 1e-6, "beta": 0.1}  # defaults for GPT-2
-MAY_BE_0 = "held_out", "sft_steps", "label_smoothing", "seed"
+LEAST = {"block_size": 16, "held_out": 0, "sft_steps": 0, "label_smoothing": 0, "seed": 0}
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 COLUMNS = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin",
            "logps/chosen": "chosen", "logps/rejected": "rejected",
@@ -46,11 +46,11 @@ def option(default, help, choices=None, group=None):  # group: a heading in --he
 class Config:
     data: str = option(None, "JSONL of prompt, chosen, rejected; else the toy world", group="data")
     held_out: float = option(0.1, "fraction of the prompts of --data to hold out")
-    tokenizer: str = option("auto", "of --data; auto: --init's, else gpt2", ("auto", "toy", "gpt2"))
+    tokenizer: str = option("auto", "for --data; auto: of --init, or gpt2", ("auto", "toy", "gpt2"))
     block_size: int = option(256, "longest prompt with its completion, in tokens")
     n_pairs: int = option(32768, "preference pairs to sample in the toy world")
     n_reviews: int = option(20000, "reviews in the SFT corpus of the toy world")
-    init: str = option(None, "checkpoint to start from, or GPT-2's", group="model")
+    init: str = option(None, "start from a checkpoint, or GPT-2's pytorch_model.bin", group="model")
     n_layer: int = option(1, "transformer blocks, without --init")
     n_head: int = option(4, "attention heads in a block, without --init")
     n_embd: int = option(64, "channels, a multiple of n_head, without --init")
@@ -72,10 +72,11 @@ class Config:
 
     def __post_init__(self):
         for f in fields(self):
-            value, may_be_0 = getattr(self, f.name), f.name in MAY_BE_0
-            if f.type in (int, float) and not (0 < value < 2**32 or value == 0 and may_be_0):
-                bound = "at least 0" if may_be_0 else "above 0"
-                raise ValueError(f"expected {f.name} {bound} and below 2**32, got {value}")
+            if f.type in (int, float):
+                value, least = getattr(self, f.name), LEAST.get(f.name)
+                if not (0 < value < 2**32 if least is None else least <= value < 2**32):
+                    bound = "above 0" if least is None else f"at least {least}"
+                    raise ValueError(f"expected {f.name} {bound} and below 2**32, got {value}")
         dpo_loss(*torch.zeros(4, 1), self.beta, label_smoothing=self.label_smoothing)  # checks both
         self.dtype = self.dtype.replace("auto", "float32" if self.device == "cpu" else "bfloat16")
 
@@ -134,16 +135,16 @@ def fit(model, optimizer, lengths, loss_of, steps, peak, cfg, start=0):
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         if not (math.isfinite(metrics["loss"]) and (scaler.is_enabled() or norm.isfinite())):
             raise ValueError(f"step {step}: loss {metrics['loss']}, gradient {norm}; is the "
-                             f"learning rate too high? Its examples: {sorted(batch.tolist())}")
+                             f"learning rate too high? Batch: {sorted(batch.tolist())}")
         scaler.step(optimizer)
         scaler.update()
         yield step, metrics
 
 
 def logps_of(model, examples, cfg):
-    """log π(y|x) of the K completions in each (prompt, completion, …) of a batch: (B, K), nats.
-
-    Matrix products run in cfg.dtype; weights, log-softmax and sums stay in float32."""
+    """log π(y|x) of the K completions in each (prompt, completion, …) of a batch: (B, K), nats, as
+    dpo.sequence_logps defines it. Matrix products run in cfg.dtype; weights, log-softmax and sums
+    stay in float32."""
     with torch.autocast(cfg.device, getattr(torch, cfg.dtype), enabled=cfg.dtype != "float32"):
         return model.completion_logps(*data.collate(examples, cfg.device))
 
@@ -157,7 +158,7 @@ def score(model, examples, cfg):
         batch = order[done:done + max(1, MAX_TOKENS // lengths[order[done]])]  # the longest first
         logps.append(logps_of(model, [examples[i] for i in batch], cfg))
         done += len(batch)
-    return torch.cat(logps)[np.argsort(order)]
+    return torch.cat(logps)[np.argsort(order)]  # in the order of the examples
 
 
 def pair_metrics(policy_logps, ref_logps, cfg):
@@ -212,7 +213,7 @@ def report_exactly(reference, policy, prompts, cfg, tokenizer):
     rows = {name: data.exact_figures(logps, sft, rewards, cfg.beta) for name, logps in (
         ("sft", sft), ("dpo", dpo), ("optimum", optimal_logps(sft, rewards, cfg.beta)))}
     start, reached, best = (row["objective"] for row in rows.values())
-    correlations = [torch.corrcoef(torch.stack([change, r])[:, :-1])[0, 1]
+    correlations = [torch.corrcoef(torch.stack([change, r])[:, :-1])[0, 1]  # of the reviews
                     for change, r in zip(dpo - sft, rewards)]
     figures = {"objective_share": (reached - start) / (best - start),
                "kl_to_optimum": (best - reached) / cfg.beta,  # best - reached = β KL(π‖π*)
@@ -270,7 +271,7 @@ class Run:
         made_with |= {
             "texts": zlib.crc32(repr(texts).encode()), "weights": zlib.crc32(weights.numpy()),
             "version": zlib.crc32(b"".join(modules)), "torch": str(torch.__version__),
-            "threads": torch.get_num_threads()}
+            "threads": torch.get_num_threads(), "model": str(model.config)}
         out.mkdir(parents=True, exist_ok=True)
         self.cfg, self.path, metrics = cfg, out / "state.pt", out / "metrics.jsonl"
         self.state = {"made_with": made_with, "metrics": []}
@@ -283,14 +284,14 @@ class Run:
             old = filter(Path.exists, [metrics, self.path, out / "sft.pt", out / "dpo.pt"])
             if moved := [file.replace(f"{file}.old").name for file in old]:
                 print(f"{out}: earlier files are now called {', '.join(moved)}")
-        self.file = open(metrics, "w")
-        self.file.writelines(self.state["metrics"])
-        save_checkpoint(self.path, self.state)
+        save_checkpoint(self.path, self.state)  # first, so that --resume moves nothing aside
+        Path(f"{metrics}.tmp").write_text("".join(self.state["metrics"]))
+        self.file = open(Path(f"{metrics}.tmp").replace(metrics), "a")
 
     def train(self, stage, model, examples, loss_of, steps, peak, held_out=()):
         """Fit what is left of a stage. After each tenth print its mean metrics, and those of the
-        held-out example numbers; save every save_every steps and at the end, but never weights
-        that give four examples a loss that is not finite: a ValueError."""
+        held-out example numbers. Save every save_every steps and at the end; ValueError instead if
+        the loss of four examples is then not finite."""
         optimizer, done = torch.optim.AdamW(model.parameters(), **ADAMW), 0
         if stage in self.state:
             done, weights, moments = self.state[stage]
@@ -384,7 +385,7 @@ def main(arguments=None):
     run.train("SFT", sft, corpus, sft_loss, cfg.sft_steps, cfg.sft_learning_rate)
     sft.save(Path(cfg.out, "sft.pt"))
 
-    # 2. Preferences, from the file or: of two samples of that model a simulated human picks one.
+    # 2. Preferences: from the file, or a simulated human picks one of two samples of that model.
     if not cfg.data:
         pairs = make_pairs(sft, prompts, cfg, tokenizer)
 
@@ -422,7 +423,7 @@ if __name__ == "__main__":
     if sys.stdout:
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 loses no report
     try:
-        main()
+        main()  # called from Python, it shows where an error arises
     except KeyboardInterrupt:
         print("\nstopped; --resume continues from the last state", file=sys.stderr)
         sys.exit(130)

@@ -227,7 +227,7 @@ def test_a_state_of_another_run_is_refused_by_the_name_of_the_difference(whole, 
     assert "state.pt: not a state, or made with another seed" in refused("--seed", 1)
     assert "state.pt: not a state, or made with another weights" in refused("--init", whole[0] / "sft.pt", "--beta", 1, "--learning_rate", 1e-3,
                                                   "--sft_learning_rate", 4e-3, "--tokenizer", "toy")
-    for name in ("version", "torch", "threads", "texts"):
+    for name in ("version", "torch", "threads", "texts", "model"):
         save_checkpoint(out / "state.pt", state | {"made_with": state["made_with"] | {name: "0"}})
         assert f"state.pt: not a state, or made with another {name}" in refused()
     save_checkpoint(out / "state.pt", {})
@@ -259,6 +259,32 @@ def test_metrics_that_were_cut_or_deleted_are_restored_from_the_state(whole, tmp
     for content in (b"", b'{"stage": "SFT", "st', None):
         (out / "metrics.jsonl").unlink() if content is None else (out / "metrics.jsonl").write_bytes(content)
         assert finish(*TINY, "--out", out, "--resume")[0] == 0 and same(outcome(out), whole[1])
+
+
+def test_resume_writes_the_metrics_anew_and_does_not_cut_those_that_are_there(whole, tmp_path):
+    """Cut in place they would be lost to a full disk or a kill. A second name of the old file shows it."""
+    out = tmp_path / "out"
+    shutil.copytree(whole[0], out)
+    os.link(out / "metrics.jsonl", tmp_path / "linked")
+    assert finish(*TINY, "--out", out, "--resume", limit=1000)[0] == 2
+    assert (out / "metrics.jsonl").read_bytes() == whole[1][0]
+    (out / "metrics.jsonl").write_text("longer than the new ones " * 10**4)
+    assert finish(*TINY, "--out", out, "--resume")[0] == 0 and same(outcome(out), whole[1])
+    assert (tmp_path / "linked").read_text() == "longer than the new ones " * 10**4
+
+
+def test_killed_before_the_first_state_resume_replaces_no_file_of_an_earlier_run(whole, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    shutil.copytree(whole[0], out)
+    before = files(out)
+    open_run = lambda resume: train.Run(train.Config(out=str(out), device="cpu", resume=resume), GPT(GPTConfig(20, 16, 1, 1, 8)), [])
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "save_checkpoint", lambda *_: sys.exit())
+        with pytest.raises(SystemExit):
+            open_run(False)
+    open_run(True)
+    assert {path: content for path, content in files(out).items() if path.endswith(".old")} == {
+        path + ".old": content for path, content in before.items()}
 
 
 def corrupt(content, rng):
@@ -416,7 +442,7 @@ def test_a_figure_that_is_not_a_number_is_null(tmp_path):
 
 
 @pytest.mark.parametrize("save_every, message", [
-    (1000, r"error: step \d+: loss .* is the learning rate too high\? Its examples: \["), (1, "error: step 1: the loss after it is not finite")])
+    (1000, r"error: step \d+: loss .* is the learning rate too high\? Batch: \["), (1, "error: step 1: the loss after it is not finite")])
 def test_a_loss_that_is_not_finite_stops_the_run_with_a_good_state(whole, tmp_path, save_every, message):
     out = tmp_path / "out"
     code, printed = finish(*TINY, "--learning_rate", "1e9", "--save_every", save_every, "--out", out)

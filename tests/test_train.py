@@ -170,7 +170,7 @@ def test_half_precision_trains_with_float32_weights_and_reports_in_float32(tmp_p
     (["--learning_rate", "0"], "expected learning_rate above 0 and below 2**32, got 0.0"),
     (["--steps", "0"], "expected steps above 0 and below 2**32, got 0"), (["--batch_size", "-3"], "expected batch_size above 0 and below 2**32, got -3"),
     (["--seed", str(2**32)], f"expected seed at least 0 and below 2**32, got {2**32}"),
-    (["--seed", "-1"], "expected seed at least 0 and below 2**32, got -1"), (["--block_size", "0"], "expected block_size above 0 and below 2**32, got 0")])
+    (["--seed", "-1"], "expected seed at least 0 and below 2**32, got -1"), (["--block_size", "8"], "expected block_size at least 16 and below 2**32, got 8")])
 def test_an_impossible_value_is_refused_by_name(arguments, message):
     with pytest.raises(ValueError) as refused:
         train.parse_config(arguments)
