@@ -24,6 +24,20 @@ def test_the_world_has_1884_reviews_a_prompt():
     assert len(data.REVIEWS) == len(set(data.REVIEWS)) == 12 + 144 + 1728 == 1884
 
 
+def test_each_genre_has_words_of_its_own():
+    """The world that the README's and the tutorial's figures belong to, seen from the genres: from 2 down to -2."""
+    worth = {
+        "comedy": "superb funny | clever charming silly | tender honest loud | tense slow dull | awful",
+        "thriller": "superb clever tense | loud | honest | charming funny tender dull | slow silly awful",
+        "romance": "superb charming tender | funny honest | clever slow | tense loud silly dull | awful",
+        "documentary": "superb honest | clever tender slow | charming funny tense | silly dull | loud awful",
+    }
+    for genre, words in worth.items():
+        for value, names in zip((2, 1, 0, -1, -2), words.split("|")):
+            assert all(data.reward(f"I watched a {genre}:", f" {name}") == value for name in names.split())
+    assert all(sorted(words.replace("|", " ").split()) == sorted(data.WORTH) for words in worth.values())
+
+
 def test_reward_is_the_worth_of_the_words_in_the_genre():
     assert data.reward(THRILLER, " tense clever superb") == 6
     assert data.reward(COMEDY, " tense clever superb") == 2

@@ -97,6 +97,11 @@ def test_output_fits_80_columns_and_shows_the_means_of_each_tenth(small):
     assert max(map(len, lines)) <= 80 and "\r" not in small[0].stdout
     rows = [line.split() for line in lines if line.startswith("DPO ") and "/400 " in line]
     assert len(rows) == 10
+    headers = [line for line in lines if line.split()[:1] == ["step"]]  # one a stage, each label above its column's end
+    assert [line.split() for line in headers] == [["step", "loss", "ETA"], ["step", "loss", "accuracy", "margin", "chosen", "rejected", "ETA"]]
+    first = lines[lines.index(headers[1]) + 1]
+    assert first.startswith("DPO ") and all(first[headers[1].index(label) + len(label) - 1].isdigit() and first[headers[1].index(label) + len(label)] == " "
+                                            for label in headers[1].split()[:-2])
     for k, row in enumerate(rows):
         tenth = dpo_metrics(small[1])[40 * k:40 * (k + 1)]
         assert float(row[2]) == pytest.approx(np.mean([m["loss"] for m in tenth]), abs=6e-4)
