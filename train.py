@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """From a corpus to preferences, the DPO paper's road: SFT -> pairs -> reference -> DPO -> report.
 
-    python train.py                        # the toy world: half a minute on a CPU core
+    python train.py                        # the toy world: about 40 s on a CPU core
     python train.py --beta 0.5 --seed 1    # every setting is a flag: python train.py --help
     python train.py --data pairs.jsonl --init pytorch_model.bin    # your own pairs, from GPT-2
 
