@@ -21,10 +21,19 @@ import torch.nn.functional as F
 
 GENRES = ("comedy", "thriller", "romance", "documentary")
 WORTH = {  # of each adjective in each of the genres above
-    "superb": (2, 2, 2, 2), "clever": (1, 2, 0, 1), "charming": (1, -1, 2, 0),
-    "funny": (2, -1, 1, 0), "tense": (-1, 2, -1, 0), "tender": (0, -1, 2, 1),
-    "honest": (0, 0, 1, 2), "loud": (0, 1, -1, -2), "slow": (-1, -2, 0, 1),
-    "silly": (1, -2, -1, -1), "dull": (-1, -1, -1, -1), "awful": (-2, -2, -2, -2)}
+    "superb": (2, 2, 2, 2),
+    "clever": (1, 2, 0, 1),
+    "charming": (1, -1, 2, 0),
+    "funny": (2, -1, 1, 0),
+    "tense": (-1, 2, -1, 0),
+    "tender": (0, -1, 2, 1),
+    "honest": (0, 0, 1, 2),
+    "loud": (0, 1, -1, -2),
+    "slow": (-1, -2, 0, 1),
+    "silly": (1, -2, -1, -1),
+    "dull": (-1, -1, -1, -1),
+    "awful": (-2, -2, -2, -2),
+}
 MALFORMED = -7  # the worst review, " awful awful awful", is worth -6
 MAX_NEW_TOKENS = 4  # three words and EOS
 TYPICAL = {  # adjectives that people use three times as often as the others, good or bad

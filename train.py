@@ -13,7 +13,6 @@ import copy
 import itertools
 import json
 import math
-import re
 import signal
 import sys
 import time
@@ -46,7 +45,8 @@ def option(default, help, choices=None, group=None):  # group: a heading in --he
 class Config:
     data: str = option(None, "JSONL of prompt, chosen, rejected; else the toy world", group="data")
     held_out: float = option(0.1, "fraction of the prompts of --data to hold out")
-    tokenizer: str = option("auto", "for --data; auto: of --init, or gpt2", ("auto", "toy", "gpt2"))
+    tokenizer: str = option("auto", "tokenizer for --data; auto: that of --init, without it gpt2",
+                            ("auto", "toy", "gpt2"))
     block_size: int = option(256, "longest prompt with its completion, in tokens")
     n_pairs: int = option(32768, "preference pairs to sample in the toy world")
     n_reviews: int = option(20000, "reviews in the SFT corpus of the toy world")
@@ -78,7 +78,8 @@ class Config:
                     bound = "above 0" if least is None else f"at least {least}"
                     raise ValueError(f"expected {f.name} {bound} and below 2**32, got {value}")
         dpo_loss(*torch.zeros(4, 1), self.beta, label_smoothing=self.label_smoothing)  # checks both
-        self.dtype = self.dtype.replace("auto", "float32" if self.device == "cpu" else "bfloat16")
+        if self.dtype == "auto":
+            self.dtype = "float32" if self.device == "cpu" else "bfloat16"
 
 
 def parse_config(arguments=None):
@@ -215,7 +216,7 @@ def report_exactly(reference, policy, prompts, cfg, tokenizer):
     start, reached, best = (row["objective"] for row in rows.values())
     correlations = [torch.corrcoef(torch.stack([change, r])[:, :-1])[0, 1]  # of the reviews
                     for change, r in zip(dpo - sft, rewards)]
-    figures = {"objective_share": (reached - start) / (best - start),
+    figures = {"objective_share": (reached - start) / (best - start) if best > start else math.nan,
                "kl_to_optimum": (best - reached) / cfg.beta,  # best - reached = β KL(π‖π*)
                "implicit_reward_correlation": torch.stack(correlations).mean().item()}
     title = f"{len(prompts)} held-out prompts, exact"
@@ -232,10 +233,11 @@ def report_exactly(reference, policy, prompts, cfg, tokenizer):
 def report_on_pairs(reference, policy, pairs, cfg, tokenizer):
     """Print and return what needs no true reward, the mean metrics of held-out pairs."""
     metrics = pair_metrics(score(policy, pairs, cfg), score(reference, pairs, cfg), cfg)
+    figures = {name: value.mean().item() for name, value in metrics.items()}
     print(f"\n{len(pairs)} held-out pairs (before DPO: loss 0.693, accuracies 0.5, margins 0)")
-    for name, value in metrics.items():
-        print(f"    {name:22}{value.mean():9.3f}")
-    return {name: value.mean().item() for name, value in metrics.items()}
+    for name, value in figures.items():
+        print(f"    {name:22}{value:9.3f}")
+    return figures
 
 
 def report_on_samples(reference, policy, prompts, max_new_tokens, cfg, tokenizer):
@@ -285,8 +287,9 @@ class Run:
             if moved := [file.replace(f"{file}.old").name for file in old]:
                 print(f"{out}: earlier files are now called {', '.join(moved)}")
         save_checkpoint(self.path, self.state)  # first, so that --resume moves nothing aside
-        Path(f"{metrics}.tmp").write_text("".join(self.state["metrics"]))
-        self.file = open(Path(f"{metrics}.tmp").replace(metrics), "a")
+        new = out / "metrics.jsonl.tmp"
+        new.write_text("".join(self.state["metrics"]))
+        self.file = open(new.replace(metrics), "a")
 
     def train(self, stage, model, examples, loss_of, steps, peak, held_out=()):
         """Fit what is left of a stage. After each tenth print its mean metrics, and those of the
@@ -321,8 +324,9 @@ class Run:
 
     def write(self, **metrics):
         """Add a line to metrics.jsonl. A figure that is not finite becomes null, as JSON wants."""
-        line = re.sub("NaN|-?Infinity", "null", json.dumps(metrics))
-        self.state["metrics"].append(line + "\n")
+        metrics = {name: value if isinstance(value, str) or math.isfinite(value) else None
+                   for name, value in metrics.items()}
+        self.state["metrics"].append(json.dumps(metrics) + "\n")
         self.file.write(self.state["metrics"][-1])
         self.file.flush()
 
@@ -366,10 +370,11 @@ def main(arguments=None):
         longest = cfg.block_size // 2  # no completion is longer
         test_prompts = list(map(list, dict.fromkeys(tuple(x[-longest:]) for x, _, _ in test)))
     else:
-        prompts, test = texts
+        prompts, test = texts  # to train on and held out; test holds prompts, above pairs
         reviews = data.corpus(prompts, cfg.n_reviews, np.random.default_rng((cfg.seed, 1)))
         corpus = [data.encode(tokenizer, x, y) for x, y in reviews]
-        longest, test_prompts = data.MAX_NEW_TOKENS, [tokenizer.encode_ordinary(x) for x in test]
+        longest = data.MAX_NEW_TOKENS
+        test_prompts = [tokenizer.encode_ordinary(x) for x in test]
     if sum(p.numel() for p in sft.parameters()) < 2**20:
         torch.set_num_threads(1)  # several would wait for each other more than they compute
     run = Run(cfg, sft, texts)
@@ -409,9 +414,10 @@ def main(arguments=None):
     if test:
         report = report_on_pairs if cfg.data else report_exactly
         cfg32 = replace(cfg, dtype="float32")  # samples are drawn in it, so they are scored in it
-        models, began = (reference, policy), time.perf_counter()
-        figures = report(*models, test[:256], cfg32, tokenizer)
-        figures |= report_on_samples(*models, test_prompts[:32], longest, cfg32, tokenizer)
+        began = time.perf_counter()
+        figures = report(reference, policy, test[:256], cfg32, tokenizer)
+        figures |= report_on_samples(
+            reference, policy, test_prompts[:32], longest, cfg32, tokenizer)
         print(f"The report took {time.perf_counter() - began:.1f} s.")
         run.write(**{f"report/{name}": value for name, value in figures.items()})
 
@@ -429,5 +435,5 @@ if __name__ == "__main__":
         sys.exit(130)
     except OSError as error:
         fail(f"{error.filename}: {error.strerror.lower()}" if error.filename else error)
-    except (ArithmeticError, MemoryError, RuntimeError, ValueError) as error:
+    except (MemoryError, OverflowError, RuntimeError, ValueError) as error:
         fail(str(error) or "out of memory")

@@ -407,6 +407,13 @@ def test_the_report_stands_beside_the_optimum_and_touches_nothing():
     assert figures["objective_share"] == pytest.approx(1 - gap / (objective["optimum"] - objective["sft"]))
 
 
+def test_where_nothing_is_to_be_gained_the_share_is_not_a_number_and_the_report_is_whole(monkeypatch):
+    monkeypatch.setattr(train, "optimal_logps", lambda ref_logps, rewards, beta: ref_logps)
+    model = tiny_model()
+    figures = train.report_exactly(model, model, data.prompts()[1][:1], Config(device="cpu"), TOKENIZER)
+    assert math.isnan(figures["objective_share"]) and figures["kl_to_optimum"] == 0
+
+
 def test_pairs_are_two_samples_to_a_prompt_without_identical_ones(capsys):
     model, cfg = tiny_model(), Config(n_pairs=400, device="cpu")
     with torch.no_grad():  # a model that often says nothing at all, so that identical pairs occur
