@@ -1,141 +1,43 @@
 # SPDX-License-Identifier: MIT
-"""Text and pairs: tokenizers, the toy world and its exact figures, pairs from a file, batches.
+# Copyright (c) 2026 the authors of Minimal DPO
+"""From text to batches: tokenizers, padding, pairs from a file. Then the built-in toy task.
 
-In the toy world a prompt names a genre in one of 25 phrasings, a completion is a review of one to
-three adjectives, and its true reward is the sum of their worth in that genre:
+In the toy task a prompt names a genre in one of 25 phrasings. A completion is a review of one to
+three adjectives. Its true reward is the sum of the rewards of its words in that genre:
 
     "Last night we saw a thriller:" " tense clever superb"    2 + 2 + 2 = 6
 
-That makes 12 + 144 + 1,728 = 1,884 reviews a prompt, few enough to list: expectations, divergences
-and the optimum are sums, not estimates. All malformed text together is outcome number 1,885.
+There are 12 + 144 + 1,728 = 1,884 reviews per prompt. They can all be listed, so expectations,
+KL divergences and the optimal policy are exact. All malformed text together is outcome 1,885.
 """
-import collections
+import hashlib
 import itertools
 import json
 import math
+import time
+import zlib
+from collections import Counter, namedtuple
 
 import numpy as np
 import tiktoken
 import torch
 import torch.nn.functional as F
 
-GENRES = ("comedy", "thriller", "romance", "documentary")
-WORTH = {  # of each adjective in each of the genres above
-    "superb": (2, 2, 2, 2),
-    "clever": (1, 2, 0, 1),
-    "charming": (1, -1, 2, 0),
-    "funny": (2, -1, 1, 0),
-    "tense": (-1, 2, -1, 0),
-    "tender": (0, -1, 2, 1),
-    "honest": (0, 0, 1, 2),
-    "loud": (0, 1, -1, -2),
-    "slow": (-1, -2, 0, 1),
-    "silly": (1, -2, -1, -1),
-    "dull": (-1, -1, -1, -1),
-    "awful": (-2, -2, -2, -2),
-}
-MALFORMED = -7  # the worst review, " awful awful awful", is worth -6
-MAX_NEW_TOKENS = 4  # three words and EOS
-TYPICAL = {  # adjectives that people use three times as often as the others, good or bad
-    "comedy": ("funny", "silly", "dull"), "thriller": ("tense", "loud", "slow"),
-    "romance": ("tender", "silly", "slow"), "documentary": ("honest", "slow", "dull")}
-LENGTHS = (0.2, 0.3, 0.5)  # fractions of the corpus that have one, two and three words
-OPENINGS = ("Last night", "On Friday", "After dinner", "With friends", "At home")
-VERBS = ("we saw a", "I watched a", "they showed a", "she chose a", "you missed a")
 
-REVIEWS = ["".join(" " + word for word in words)
-           for n in (1, 2, 3) for words in itertools.product(WORTH, repeat=n)]
-WELL_FORMED = frozenset(REVIEWS)
-FIGURES = {  # of exact_figures, as a report prints them
-    "reward": "E[r]", "kl": "KL(π‖π_ref), nats", "objective": "E[r] - β KL(π‖π_ref)",
-    "valid": "P(well-formed)", "win_rate": "P(worth more than π_ref's)",
-    "accuracy": "labels predicted", "margin": "implicit reward margin", "loss": "DPO loss, nats",
-    "chosen_change": "Δ log π(chosen), nats", "rejected_change": "Δ log π(rejected), nats"}
+# Examples. prompt, completion, chosen and rejected are token ids; the last three end with EOS.
+Row = namedtuple("Row", ("prompt", "completion"))
+Pair = namedtuple("Pair", ("prompt", "chosen", "rejected"))
+# log π_ref(y|x) of both completions, in nats, are added to a pair once.
+ScoredPair = namedtuple("ScoredPair", (*Pair._fields, "ref_chosen_logp", "ref_rejected_logp"))
 
 
-def prompts():
-    """All prompts, (80 to train on, 20 held out). Training sees the opening and the verb of each
-    held-out phrasing, but never together."""
-    train, held_out = [], []
-    for i, opening in enumerate(OPENINGS):
-        for j, verb in enumerate(VERBS):
-            (held_out if i == j else train).extend(f"{opening} {verb} {g}:" for g in GENRES)
-    return train, held_out
-
-
-def genre(prompt):
-    return prompt.rstrip(":").split()[-1]
-
-
-def corpus(prompts, n, rng):
-    """n reviews as people write them, [(prompt, completion)]: neither uniform nor good."""
-    drawn = {}
-    for g in GENRES:
-        weights = np.array([3.0 if word in TYPICAL[g] else 1.0 for word in WORTH])
-        drawn[g] = rng.choice(list(WORTH), (n, 3), p=weights / weights.sum())
-    numbers, lengths = rng.integers(len(prompts), size=n), rng.choice((1, 2, 3), n, p=LENGTHS)
-    return [(prompts[k], "".join(" " + word for word in drawn[genre(prompts[k])][i, :length]))
-            for i, (k, length) in enumerate(zip(numbers, lengths))]
-
-
-def reward(prompt, completion):
-    """The true reward r(x, y): the sum of the words' worth in the prompt's genre, or MALFORMED.
-
-    Worked value: " tense clever superb" is worth 6 of a thriller and 2 of a comedy.
-    """
-    if completion not in WELL_FORMED:
-        return MALFORMED
-    g = GENRES.index(genre(prompt))
-    return sum(WORTH[word][g] for word in completion.split())
-
-
-def prefers_first(first_rewards, second_rewards, rng):
-    """A noisy human (Bradley-Terry, Eq. 1): True with probability σ(r_1 - r_2). Arrays (n,)."""
-    gap = np.asarray(first_rewards) - np.asarray(second_rewards)
-    return rng.random(gap.shape) < 1 / (1 + np.exp(-gap))
-
-
-def outcome_rewards(prompts):
-    """(X, 1885) float64: true rewards of the 1,884 reviews and, last, of malformed text."""
-    return torch.tensor([[reward(x, y) for y in REVIEWS] + [MALFORMED] for x in prompts]).double()
-
-
-def exact_figures(logps, ref_logps, rewards, beta):
-    """What a policy is worth, from log-probabilities and rewards of all outcomes, (X, K) each.
-
-    Means over y ~ π: reward, kl (a lower bound of that between texts, as malformed text is one
-    outcome), objective (Eq. 3), valid, win_rate against y' ~ π_ref (a tie counts ½). The rest are
-    means over labelled pairs (Eq. 1) of two different outcomes y, y' ~ π_ref: loss is Eq. 7."""
-    p, ref, changes = logps.exp(), ref_logps.exp(), logps - ref_logps
-    reward, kl = (p * rewards).sum(-1).mean().item(), (p * changes).sum(-1).mean().item()
-    wins = total = sums = 0
-    for p_x, ref_x, change, r in zip(p.float(), ref.float(), changes.float(), rewards.float()):
-        gaps = r[:, None] - r  # (K, K): row over column
-        wins += p_x @ (gaps.sign() + 1) @ ref_x / 2 / len(p)
-        weights = (ref_x[:, None] * ref_x * gaps.sigmoid()).fill_diagonal_(0)  # row is chosen
-        margins = beta * (change[:, None] - change)
-        chosen, rejected = weights.sum(1) @ change, weights.sum(0) @ change
-        total += weights.sum()
-        sums += torch.stack([(weights * (margins.sign() + 1)).sum() / 2, (weights * margins).sum(),
-                             -(weights * F.logsigmoid(margins)).sum(), chosen, rejected])
-    values = (reward, kl, reward - beta * kl, p[:, :-1].sum(-1).mean(), wins, *(sums / total))
-    return {name: float(value) for name, value in zip(FIGURES, values)}
-
-
-def toy_tokenizer():
-    """A tiktoken.Encoding made offline: ids 0-255 are the bytes, so that any text encodes; then an
-    id for each word of the toy world; then EOS, <|endoftext|>, the encoding's `eot_token`."""
-    text = " ".join(OPENINGS + VERBS + GENRES + tuple(WORTH)).split()
-    words = sorted({" " + word for word in text} | {opening.split()[0] for opening in OPENINGS})
-    vocabulary = [bytes([i]) for i in range(256)] + [word.encode() for word in words]
-    pattern = r" ?\p{L}+|[^\p{L}]"  # a word with the space before it, or one other character
-    ranks = {token: i for i, token in enumerate(vocabulary)}
-    return tiktoken.Encoding("toy", pat_str=pattern, mergeable_ranks=ranks,
-                             special_tokens={"<|endoftext|>": len(vocabulary)})
+def length(example):
+    """Tokens in the longest row of an example: the prompt and the longest completion."""
+    return len(example.prompt) + max(map(len, example[1:3]))
 
 
 def get_tokenizer(name):
-    """The tokenizer "toy", or one of tiktoken's, which are downloaded at first use."""
+    """The tokenizer "toy", or one of tiktoken's, which is downloaded when first used."""
     try:
         return toy_tokenizer() if name == "toy" else tiktoken.get_encoding(name)
     except OSError:
@@ -144,97 +46,263 @@ def get_tokenizer(name):
 
 
 def encode(tokenizer, prompt, completion):
-    """The ids of a prompt, and those of its completion with EOS: two lists. They are encoded apart,
-    because a merge across their border would shorten the completion."""
-    ids = tokenizer.encode_ordinary  # in which text that spells "<|endoftext|>" stays text
-    return ids(prompt), ids(completion) + [tokenizer.eot_token]
+    """Text to ids: a Row. EOS ends the completion. Prompt and completion are encoded separately,
+    because one token could otherwise span both."""
+    ids = tokenizer.encode_ordinary  # it does not turn the text "<|endoftext|>" into EOS
+    return Row(ids(prompt), ids(completion) + [tokenizer.eot_token])
 
 
 def decode(tokenizer, completion):
-    """The text of a completion's ids; "…" marks one that was cut off before its EOS."""
+    """Ids of a completion to text. "…" marks a completion without EOS."""
     if completion[-1:] == [tokenizer.eot_token]:
         return tokenizer.decode(completion[:-1])
     return tokenizer.decode(completion) + "…"
 
 
+def collate(rows, device="cpu"):
+    """Rows to tokens (B, T), int64, and mask (B, T), True on each completion and its EOS:
+
+        tokens  Last night we saw a thriller : tense superb EOS pad
+        mask     0     0   0   0  0    0     0   1     1     1   0
+
+    Padding comes last, so no attention mask is needed: attention is causal.
+    """
+    T = max(len(prompt) + len(completion) for prompt, completion in rows)
+    tokens = np.zeros((len(rows), T), np.int64)
+    mask = np.zeros((len(rows), T), bool)
+    for i, (prompt, completion) in enumerate(rows):
+        start, end = len(prompt), len(prompt) + len(completion)
+        tokens[i, :start] = prompt
+        tokens[i, start:end] = completion
+        mask[i, start:end] = True
+    return torch.from_numpy(tokens).to(device), torch.from_numpy(mask).to(device)
+
+
+def batches(examples, batch_size, seed):
+    """Yield lists of examples, endlessly. Each epoch has every example once, in a new order.
+
+    Examples of similar length share a batch, so there is little padding. Batch sizes differ by at
+    most one, so all examples of an epoch count about equally.
+    """
+    rng = np.random.default_rng(seed)
+    buckets = np.array([length(example) // 8 for example in examples])
+    n_batches = math.ceil(len(examples) / batch_size)
+    while True:
+        order = rng.permutation(len(examples))
+        order = order[np.argsort(buckets[order], kind="stable")]  # random within each bucket
+        epoch = np.array_split(order, n_batches)
+        for i in rng.permutation(n_batches):
+            yield [examples[k] for k in epoch[i]]
+
+
+KEYS = ("prompt", "chosen", "rejected")
+OTHER_FORMATS = {  # their first bytes, and what to do
+    b"[": "a JSON array; write one object per line, as the README shows",
+    b"\x1f\x8b": "compressed by gzip; unpack it first", b"PK": "a zip archive; unpack it first",
+    b"\xff\xfe": "UTF-16; save it as UTF-8", b"\xfe\xff": "UTF-16; save it as UTF-8",
+    b"PAR1": "a Parquet file; write one JSON object per line, as the README shows",
+    b"version https://git-lfs": "a Git LFS pointer; run git lfs pull to get the file"}
+
+
+def parse_line(line):
+    """[prompt, chosen, rejected] from one line of a file, as bytes. Raises ValueError."""
+    for start, description in OTHER_FORMATS.items():
+        if line.startswith(start):
+            raise ValueError(f"this is {description}")
+    try:
+        record = json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"expected one JSON object per line: {error!s:.100}") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"expected a JSON object, got {record!r:.60}")
+    for key in KEYS:
+        if not isinstance(record.get(key), str):
+            found = f"{record[key]!r:.60}" if key in record else f"not in {list(record)!r:.100}"
+            raise ValueError(f'expected strings for "prompt", "chosen" and "rejected", but "{key}" '
+                             f"is {found}; the README shows how to convert other formats")
+    return [record[key] for key in KEYS]
+
+
 def read_jsonl(path):
-    """[(prompt, chosen, rejected)] of a file with one JSON object of these three texts a line.
-    Blank lines are skipped; the first bad one is a ValueError, "path:line: what is wrong"."""
-    pairs = []
+    """Yield [prompt, chosen, rejected] for each line that is not blank. Raises OSError, or
+    ValueError "path:line: what is wrong"."""
+    printed = time.perf_counter()
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            try:
-                if line.strip():
-                    pair = json.loads(line.decode("utf-8-sig"))
-                    pairs.append(tuple(pair[key] + "" for key in ("prompt", "chosen", "rejected")))
-            except (KeyError, TypeError, ValueError, RecursionError) as error:
-                raise ValueError(f'{path}:{number}: expected {{"prompt": "…", "chosen": "…", '
-                                 f'"rejected": "…"}}, got {error!r:.200}') from None
-    return pairs
+            if time.perf_counter() - printed > 10:
+                print(f"{number:,} lines of {path} read", flush=True)
+                printed = time.perf_counter()
+            if line.strip():
+                try:
+                    texts = parse_line(line)
+                except ValueError as error:
+                    raise ValueError(f"{path}:{number}: {error}") from None
+                yield texts
 
 
-def split_pairs(texts, tokenizer, block_size, held_out, seed):
-    """[(prompt, chosen, rejected)] in text -> the same in ids, (to train on, held out, counts).
-
-    Dropped: pairs with an empty text, two identical completions, or one longer than half of
-    block_size. A prompt that does not fit loses its first tokens. Repetitions and contradictions
-    stay in. Each prompt is held out with probability held_out, with all of its pairs; prompts with
-    the same last block_size // 2 tokens count as one, since a cut always leaves that many.
-    """
-    train, test, seen, counts = [], [], set(), collections.Counter()
+def encode_pairs(texts, tokenizer, block_size):
+    """[Pair of int32 arrays], {what happened: number of pairs} and a checksum, from an iterable of
+    [prompt, chosen, rejected]. A pair is dropped if a text is empty, if its completions are
+    identical, or if one is longer than half of block_size. A prompt that is too long is cut."""
+    pairs, sizes, seen, checksum, counts = [], [], set(), 0, Counter()
+    limit = 64 * block_size  # characters. It bounds the time that a very long text takes.
     for x, y_w, y_l in texts:
-        (prompt, chosen), (_, rejected) = (encode(tokenizer, x, y) for y in (y_w, y_l))
-        room = block_size - max(len(chosen), len(rejected))
-        if not all(text.strip() for text in (x, y_w, y_l)):
-            counts["with an empty text, dropped"] += 1
-        elif chosen == rejected:
-            counts["with identical completions, dropped"] += 1
-        elif room < block_size / 2:
-            counts["with too long a completion, dropped"] += 1
+        checksum = zlib.crc32(json.dumps([x, y_w, y_l]).encode(), checksum)
+        counts["in the file"] += 1
+        if not (x.strip() and y_w.strip() and y_l.strip()):
+            counts["dropped: a text is empty"] += 1
+        elif y_w == y_l:
+            counts["dropped: the completions are identical"] += 1
         else:
-            counts["with a prompt that was cut"] += len(prompt) > room
-            counts["that repeat an earlier pair"] += (x, y_w, y_l) in seen
-            counts["that contradict an earlier pair"] += (x, y_l, y_w) in seen
-            seen.add((x, y_w, y_l))
-            luck = np.random.default_rng([seed, *prompt[-(block_size // 2):]]).random()
-            (test if luck < held_out else train).append((prompt[-room:], chosen, rejected))
-    counts = {"to train on": len(train), "held out": len(test)} | counts
-    if not train:
-        raise ValueError(f"expected a pair to train on, got {counts}")
-    return train, test, counts
+            prompt, chosen = encode(tokenizer, x[-limit:], y_w[:limit])
+            rejected = encode(tokenizer, "", y_l[:limit]).completion
+            room = block_size - max(len(chosen), len(rejected))  # for the prompt
+            too_long = max(len(y_w), len(y_l)) > limit
+            sizes.append(math.inf if too_long else 2 * (block_size - room))
+            if sizes[-1] <= block_size:
+                ids = (prompt[-room:], chosen, rejected)
+                pairs.append(Pair(*(np.array(part, np.int32) for part in ids)))
+                counts["with a prompt that lost its first tokens"] += len(prompt) > room
+                counts["repeat an earlier pair"] += hash((x, y_w, y_l)) in seen
+                counts["contradict an earlier pair"] += hash((x, y_l, y_w)) in seen
+                seen.add(hash((x, y_w, y_l)))
+    if len(sizes) > len(pairs):
+        shares = {2**k: np.mean(np.array(sizes) <= 2**k) for k in range(5, 14)}
+        size = next((size for size, share in shares.items() if share > 0.95), 2**13)
+        counts[f"dropped: a completion is longer than half of --block_size {block_size} "
+               f"(--block_size {size} keeps {shares[size]:.0%})"] = len(sizes) - len(pairs)
+    return pairs, dict(+counts), checksum
 
 
-def collate(examples, device="cpu"):
-    """[(prompt ids, completion ids, …)], K completions each -> three (B, T) int64, padded with 0:
+def split_pairs(pairs, fraction, block_size, seed):
+    """Hold out a fraction of the prompts, with all of their pairs: (training, held-out pairs).
 
-        tokens     Last night we saw a thriller : tense superb EOS : dull EOS pad
-        positions   0    1    2   3  4    5     6   7     8     9  6   7    8   0
-        segments    0    0    0   0  0    0     1   1     1     1  2   2    2   0
-
-    A row is a prompt and its completions side by side. The prompt's last token stands before each
-    completion, and not in segment 0, because it predicts the first token. A token attends to
-    segment 0 and to its own segment; scored are all tokens of segments 1 to K but their first.
+    A hash of the prompt and the seed chooses: at least one of two or more prompts, never all.
+    Prompts with the same last block_size // 2 tokens count as one, because a cut keeps only these.
     """
-    T = max(sum(map(len, example)) + len(example) - 2 for example in examples)
-    batch = np.zeros((len(examples), 3, T), np.int64)
-    for row, (prompt, *completions) in zip(batch, examples):
-        last = end = len(prompt) - 1
-        row[:2, :last] = prompt[:last], range(last)
-        for k, y in enumerate(completions, 1):
-            n = 1 + len(y)
-            row[:, end:end + n] = prompt[last:] + y, range(last, last + n), [k] * n
-            end += n
-    return torch.from_numpy(batch).to(device).unbind(1)
+    keys = [f"{seed} {pair.prompt[-(block_size // 2):].tolist()}" for pair in pairs]
+    digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+    prompts = sorted(set(digests))
+    n = round(fraction * len(prompts)) or math.ceil(fraction)
+    held_out = set(prompts[:min(n, len(prompts) - 1)])
+    training = [pair for pair, digest in zip(pairs, digests) if digest not in held_out]
+    rest = sorted((digest, i) for i, digest in enumerate(digests) if digest in held_out)
+    return training, [pairs[i] for _, i in rest]  # in random order, unlike the file
 
 
-def batches(lengths, batch_size, seed):
-    """Arrays of example numbers, endlessly: each epoch holds every example once, in a new order.
-    Batches hold examples of similar lengths (bucketed by length // 8), so that little is padding,
-    and their sizes differ by one at most, so that no example of an epoch counts much more."""
-    rng, lengths = np.random.default_rng(seed), np.asarray(lengths)
-    while True:
-        order = rng.permutation(len(lengths))
-        order = order[np.argsort(lengths[order] // 8, kind="stable")]
-        epoch = np.array_split(order, math.ceil(len(order) / batch_size))
-        for i in rng.permutation(len(epoch)):
-            yield epoch[i]
+# The toy task
+
+GENRES = ("comedy", "thriller", "romance", "documentary")
+WORD_REWARDS = {  # in each of the genres above
+    "superb": (2, 2, 2, 2), "clever": (1, 2, 0, 1), "charming": (1, -1, 2, 0),
+    "funny": (2, -1, 1, 0), "tense": (-1, 2, -1, 0), "tender": (0, -1, 2, 1),
+    "honest": (0, 0, 1, 2), "loud": (0, 1, -1, -2), "slow": (-1, -2, 0, 1),
+    "silly": (1, -2, -1, -1), "dull": (-1, -1, -1, -1), "awful": (-2, -2, -2, -2)}
+MALFORMED = -7  # reward of malformed text; the lowest of a review is -6, " awful awful awful"
+MAX_NEW_TOKENS = 4  # three words and EOS
+TYPICAL = {  # words that are three times as frequent in the corpus as the others, good or bad
+    "comedy": ("funny", "silly", "dull"), "thriller": ("tense", "loud", "slow"),
+    "romance": ("tender", "silly", "slow"), "documentary": ("honest", "slow", "dull")}
+LENGTHS = (0.2, 0.3, 0.5)  # fractions of the corpus with one, two and three words
+OPENINGS = ("Last night", "On Friday", "After dinner", "With friends", "At home")
+VERBS = ("we saw a", "I watched a", "they showed a", "she chose a", "you missed a")
+REVIEWS = ["".join(" " + word for word in words)
+           for n in (1, 2, 3) for words in itertools.product(WORD_REWARDS, repeat=n)]
+WELL_FORMED = frozenset(REVIEWS)
+FIGURES = {  # keys of exact_figures, with their labels in the report
+    "objective": "objective E[r] - β KL", "reward": "E[r]", "kl": "KL(π‖π_ref), nats",
+    "valid": "P(well-formed)", "win_rate": "win rate against SFT",
+    "accuracy": "preference accuracy", "margin": "implicit reward margin", "loss": "DPO loss, nats",
+    "chosen_change": "Δ log π(chosen), nats", "rejected_change": "Δ log π(rejected), nats"}
+
+
+def prompts():
+    """All prompts: (80 to train on, 20 held out). Training has the opening and the verb of each
+    held-out prompt, but never both together."""
+    every = [(i == j, f"{opening} {verb} {genre}:") for i, opening in enumerate(OPENINGS)
+             for j, verb in enumerate(VERBS) for genre in GENRES]
+    return [x for held_out, x in every if not held_out], [x for held_out, x in every if held_out]
+
+
+def genre_of(prompt):
+    return prompt.rstrip(":").split()[-1]
+
+
+def corpus(prompts, n, rng):
+    """n reviews to fine-tune on, [(prompt, completion)]: good and bad, some words more frequent."""
+    words_of = {}
+    for genre in GENRES:
+        weights = np.array([3.0 if word in TYPICAL[genre] else 1.0 for word in WORD_REWARDS])
+        words_of[genre] = rng.choice(list(WORD_REWARDS), (n, 3), p=weights / weights.sum())
+    drawn = [prompts[k] for k in rng.integers(len(prompts), size=n)]
+    lengths = rng.choice((1, 2, 3), n, p=LENGTHS)
+    return [(prompt, "".join(" " + word for word in words_of[genre_of(prompt)][i, :lengths[i]]))
+            for i, prompt in enumerate(drawn)]
+
+
+def reward(prompt, completion):
+    """The true reward r(x, y): the sum of the words' rewards in the prompt's genre, or MALFORMED.
+    Worked value: " tense clever superb" has reward 6 for a thriller and 2 for a comedy."""
+    if completion not in WELL_FORMED:
+        return MALFORMED
+    column = GENRES.index(genre_of(prompt))
+    return sum(WORD_REWARDS[word][column] for word in completion.split())
+
+
+def prefers_first(first_rewards, second_rewards, rng):
+    """A simulated annotator (Bradley-Terry, Eq. 1): True with probability σ(r_1 - r_2). (n,)"""
+    gap = np.asarray(first_rewards) - np.asarray(second_rewards)
+    return rng.random(gap.shape) < 1 / (1 + np.exp(-gap))
+
+
+def outcome_rewards(prompts):
+    """True rewards of the 1,884 reviews and, last, of malformed text: (X, 1885), float64."""
+    return torch.tensor([[reward(x, y) for y in REVIEWS] + [MALFORMED] for x in prompts]).double()
+
+
+def exact_figures(logps, ref_logps, rewards, beta):
+    """Exact figures of a policy, means over X prompts, {key of FIGURES: number}.
+
+    logps, ref_logps and rewards are (X, K), for all K outcomes. kl is a lower bound of the KL
+    between texts, because all malformed text is one outcome.
+    """
+    p = logps.exp()
+    reward = (p * rewards).sum(-1).mean().item()
+    kl = (p * (logps - ref_logps)).sum(-1).mean().item()
+    wins = 0  # P(r(y) > r(y')) for y ~ π and y' ~ π_ref; a tie counts ½
+    for p_x, ref_x, r in zip(p.float(), ref_logps.exp().float(), rewards.float()):
+        wins += (p_x @ ((r[:, None] - r).sign() + 1) @ ref_x).item() / 2
+    return {"objective": reward - beta * kl, "reward": reward, "kl": kl,  # Eq. 3
+            "valid": p[:, :-1].sum(-1).mean().item(), "win_rate": wins / len(p),
+            **pair_figures(logps, ref_logps, rewards, beta)}
+
+
+def pair_figures(logps, ref_logps, rewards, beta):
+    """What DPO would log over infinitely many pairs, whose completions are two different samples
+    from π_ref with Bradley-Terry labels. All arguments (X, K)."""
+    sums = Counter()
+    changes = logps - ref_logps
+    for ref, change, r in zip(ref_logps.exp().float(), changes.float(), rewards.float()):
+        # Entry (i, j) is the pair with outcome i chosen and outcome j rejected.
+        weights = (ref[:, None] * ref * (r[:, None] - r).sigmoid()).fill_diagonal_(0)
+        margins = beta * (change[:, None] - change)
+        sums["weight"] += weights.sum().item()
+        sums["accuracy"] += (weights * (margins.sign() + 1)).sum().item() / 2
+        sums["margin"] += (weights * margins).sum().item()
+        sums["loss"] -= (weights * F.logsigmoid(margins)).sum().item()
+        sums["chosen_change"] += (weights.sum(1) @ change).item()
+        sums["rejected_change"] += (weights.sum(0) @ change).item()
+    weight = sums.pop("weight")
+    return {name: total / weight for name, total in sums.items()}
+
+
+def toy_tokenizer():
+    """A tiktoken.Encoding that needs no download. Ids 0 to 255 are the bytes, so it encodes any
+    text. Then comes an id for each word of the toy task, and last EOS, its eot_token."""
+    text = " ".join(OPENINGS + VERBS + GENRES + tuple(WORD_REWARDS)).split()
+    words = sorted({" " + word for word in text} | {opening.split()[0] for opening in OPENINGS})
+    vocabulary = [bytes([i]) for i in range(256)] + [word.encode() for word in words]
+    pattern = r" ?\p{L}+|[^\p{L}]"  # a word with the space before it, or one other character
+    ranks = {token: i for i, token in enumerate(vocabulary)}
+    return tiktoken.Encoding("toy", pat_str=pattern, mergeable_ranks=ranks,
+                             special_tokens={"<|endoftext|>": len(vocabulary)})

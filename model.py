@@ -1,40 +1,46 @@
 # SPDX-License-Identifier: MIT
-"""GPT-2's network (Radford et al. 2019), small and from scratch: tokens in, logits out; sampling.
+# Copyright (c) 2026 the authors of Minimal DPO
+"""GPT-2's network (Radford et al. 2019): tokens in, logits out; sampling; weights on disk.
 
-B rows, T tokens, S keys, C channels, nh heads of size hs, V vocabulary, K completions, N positions.
-No dropout: a policy that drops units and a reference that does not would disagree before the
-first step, and the DPO loss would not start at ln 2.
+B rows, T tokens, C channels, nh heads of size hs, V vocabulary, N scored positions.
+There is no dropout: with dropout in the policy alone, the DPO loss would not start at ln 2.
 """
+import json
+import math
 import os
 import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-MAX_TOKENS = 2**12  # in a batch of scoring; of sampling, twice as many
-MAX_LOGITS = 2**24  # that completion_logps makes at once: parts keep the peak of memory low
-TRANSPOSED = "c_attn.weight", "c_proj.weight", "c_fc.weight"  # in GPT-2's published files
+TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # in GPT-2's published files
+GPT2_HEADS = {768: 12, 1024: 16, 1280: 20, 1600: 25}  # of the published models, by channels
+GPT2_NETWORK = {  # fields of config.json that change the network, with the values of this one
+    "model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "layer_norm_epsilon": (1e-5,), "tie_word_embeddings": (True,), "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)}
 
 
 @dataclass
 class GPTConfig:
     vocab_size: int
-    block_size: int = 256  # longest text, in tokens
+    block_size: int = 256  # longest row, in tokens
     n_layer: int = 1
     n_head: int = 4
     n_embd: int = 64
-    tokenizer: str = ""  # the name of the vocabulary that the ids belong to
+    tokenizer: str = ""  # name of the tokenizer that made the ids
 
     def __post_init__(self):
-        if type(self.n_head) is not int or self.n_head < 1 or self.n_embd % self.n_head:
+        if self.n_head < 1 or self.n_embd % self.n_head:
             raise ValueError(f"expected n_head to divide n_embd = {self.n_embd}, got {self.n_head}")
 
 
 class Attention(nn.Module):
-    """Self-attention: a token attends to itself and those before it, or as attn_mask says."""
+    """Causal self-attention: each token attends to itself and to the tokens before it."""
 
     def __init__(self, config):
         super().__init__()
@@ -42,20 +48,24 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # q, k and v in one product
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, attn_mask, cache):
+    def forward(self, x, cache):
         B, T, C = x.shape
-        q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
-                   for part in self.c_attn(x).split(C, dim=-1))
-        if cache is not None:  # keyed by layer: keys and values of all tokens so far
+        q, k, v = self.c_attn(x).split(C, dim=-1)
+        q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+        k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+        v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+        if cache is not None:  # {layer: keys and values of all tokens so far}
             if self in cache:
-                k, v = torch.cat([cache[self][0], k], 2), torch.cat([cache[self][1], v], 2)
+                k = torch.cat([cache[self][0], k], dim=2)
+                v = torch.cat([cache[self][1], v], dim=2)
             cache[self] = k, v
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask, is_causal=attn_mask is None)
+        # After cached tokens comes one new token, and it attends to all of them.
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=T == k.shape[2])
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: x + attention, then x + MLP, which sees each position alone."""
+    """Pre-norm residual block: x + attention, then x + MLP. The MLP sees each position alone."""
 
     def __init__(self, config):
         super().__init__()
@@ -63,16 +73,16 @@ class Block(nn.Module):
         self.ln_1 = nn.LayerNorm(C)
         self.attn = Attention(config)
         self.ln_2 = nn.LayerNorm(C)
-        self.mlp = nn.Sequential(OrderedDict(
+        self.mlp = nn.Sequential(OrderedDict(  # the names in GPT-2's published files
             c_fc=nn.Linear(C, 4 * C), gelu=nn.GELU("tanh"), c_proj=nn.Linear(4 * C, C)))
 
-    def forward(self, x, attn_mask, cache):
-        x = x + self.attn(self.ln_1(x), attn_mask, cache)
+    def forward(self, x, cache):
+        x = x + self.attn(self.ln_1(x), cache)
         return x + self.mlp(self.ln_2(x))
 
 
 class GPT(nn.Module):
-    """A decoder-only transformer. The output projection is the token embedding itself."""
+    """A decoder-only transformer. Its output projection is the token embedding."""
 
     def __init__(self, config):
         super().__init__()
@@ -84,134 +94,152 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
-            elif "ln_" not in name:  # the residual stream is a sum of 2 n_layer outputs of c_proj
-                summands = 2 * config.n_layer if name.endswith("c_proj.weight") else 1
-                nn.init.normal_(p, std=0.02 / summands ** 0.5)
+            elif name.endswith("c_proj.weight"):  # the residual stream adds up 2 n_layer of these
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
+            elif "ln_" not in name:
+                nn.init.normal_(p, std=0.02)
 
-    def hidden(self, tokens, positions=None, attn_mask=None, cache=None):
-        """tokens (B, T) -> the last layer's activations (B, T, C), before the output projection.
-
-        positions (B, T)        of each token in its text; None counts from 0
-        attn_mask (B, 1, T, S)  True where token t may attend to s; None: to itself and all before
-        cache                   keys and values so far, {} at first; then give the two above as well
-        """
-        T, longest = tokens.shape[1], self.config.block_size
-        if positions is None and T > longest:
-            raise ValueError(f"expected at most block_size = {longest} tokens, got {T}")
-        x = self.wte(tokens) + (self.wpe.weight[:T] if positions is None else self.wpe(positions))
+    def hidden(self, tokens, start=0, cache=None):
+        """tokens (B, T) at positions from start on -> activations of the last layer (B, T, C).
+        cache holds keys and values. It is {} at first; afterwards T must be 1."""
+        end = start + tokens.shape[1]
+        if end > self.config.block_size:
+            raise ValueError(f"expected at most {self.config.block_size} tokens, got {end}")
+        x = self.wte(tokens) + self.wpe.weight[start:end]  # (B, T, C)
         for block in self.h:
-            x = block(x, attn_mask, cache)  # (B, T, C)
+            x = block(x, cache)
         return self.ln_f(x)
 
-    def forward(self, tokens):
-        """tokens (B, T) -> logits (B, T, V): at each position, for the token that comes next."""
-        return F.linear(self.hidden(tokens), self.wte.weight)
-
-    def completion_logps(self, tokens, positions, segments):
-        """log π(y|x) of each completion in a batch of data.collate, three (B, T): (B, K), nats.
-
-        What dpo.sequence_logps gives for each in a row of its own, for less work: a prompt runs
-        once, and only positions that predict a scored token are projected onto the vocabulary.
-        """
-        B, K = len(tokens), int(segments.max())
-        query, key = segments[:, None, :, None], segments[:, None, None, :]
-        attn_mask = ((key == 0) | (key == query)).tril() if K > 1 else None  # (B, 1, T, T)
-        hidden = self.hidden(tokens, positions, attn_mask)
-        # The activations at position t predict the token at t + 1.
-        scored = (segments[:, 1:] > 0) & (segments[:, 1:] == segments[:, :-1])
-        row, t = scored.nonzero(as_tuple=True)  # (N,) each
-        n, logps = max(1, MAX_LOGITS // self.config.vocab_size), []
-        for part, y in zip(hidden[row, t].split(n), tokens[row, t + 1].split(n)):
-            logits = F.linear(part, self.wte.weight)  # (n, V)
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # as in dpo.py
-            logps.append(-F.cross_entropy(logits, y, reduction="none"))  # (n,)
-        logps = torch.cat(logps)  # (N,)
-        completion = row * K + segments[row, t + 1] - 1
-        return logps.new_zeros(B * K).index_add(0, completion, logps).view(B, K)
+    def forward(self, tokens, scored=None):
+        """tokens (B, T) -> logits (B, T, V). The logits at position t predict token t + 1.
+        With scored, a mask (B, T): only the logits that predict a scored token, (N, V)."""
+        hidden = self.hidden(tokens)
+        if scored is not None:
+            hidden = hidden[:, :-1][scored[:, 1:]]  # (N, C)
+        return F.linear(hidden, self.wte.weight)
 
     @torch.no_grad()
     def sample(self, prompts, max_new_tokens, temperature, eos, generator=None):
-        """A completion y ~ π(·|x) of each prompt, lists of ids in and out, until EOS or
-        max_new_tokens. Temperature 1 samples from the model, 0 takes the likeliest token; a
-        generator must be on the model's device."""
-        longest, device = max(map(len, prompts)) + max_new_tokens, self.wte.weight.device
-        if max_new_tokens < 1 or longest > self.config.block_size:
-            raise ValueError(f"expected a prompt and 1 or more new tokens to fit into block_size = "
-                             f"{self.config.block_size}, got {longest}, {max_new_tokens} new")
-        completions, n = [], max(1, 2 * MAX_TOKENS // longest)
-        for i in range(0, len(prompts), n):
-            rows = [torch.tensor(prompt, device=device) for prompt in prompts[i:i + n]]
-            lengths = torch.tensor([len(row) for row in rows], device=device)  # (B,)
-            tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, T)
-            real = torch.arange(tokens.shape[1], device=device) < lengths[:, None]  # no padding
-            cache, drawn, ended = {}, [], torch.zeros_like(lengths, dtype=torch.bool)
-            hidden = self.hidden(tokens, cache=cache)[range(len(rows)), lengths - 1]  # (B, C)
-            while True:
-                logits = F.linear(hidden, self.wte.weight).float()  # (B, V)
-                drawn.append(logits.argmax(-1) if temperature == 0 else torch.multinomial(
-                    (logits / temperature).softmax(-1), 1, generator=generator).squeeze(1))
-                ended |= drawn[-1] == eos
-                if ended.all() or len(drawn) == max_new_tokens:
-                    break
-                real = F.pad(real, (0, 1), value=True)  # from here on, one token a row is run
-                positions = lengths[:, None] + len(drawn) - 1
-                hidden = self.hidden(drawn[-1][:, None], positions, real[:, None, None], cache)
-                hidden = hidden[:, 0]
-            for y in torch.stack(drawn, 1).tolist():
-                completions.append(y[:y.index(eos) + 1] if eos in y else y)
-        return completions
+        """One completion y ~ π(·|x) per prompt, as lists of ids, up to EOS or max_new_tokens.
+
+        Temperature 1 samples from the model, 0 takes the most likely token. A generator must be on
+        the model's device. Raises ValueError if a prompt is empty or too long, or if the
+        temperature is negative, not finite, or so small that logits / temperature overflows.
+        """
+        lengths = [len(prompt) for prompt in prompts]
+        shortest, longest = min(lengths), max(lengths)
+        if shortest < 1 or max_new_tokens < 1 or longest + max_new_tokens > self.config.block_size:
+            raise ValueError("expected at least 1 token in a prompt and 1 new token, together at "
+                             f"most {self.config.block_size}, got prompts of {shortest} to "
+                             f"{longest} tokens and max_new_tokens = {max_new_tokens}")
+        if not (temperature == 0 or 1e-6 <= temperature < math.inf):
+            raise ValueError(f"expected temperature 0 or at least 1e-6, got {temperature}")
+        device = self.wte.weight.device
+        padded = torch.tensor([[*x, *[0] * (longest - len(x))] for x in prompts], device=device)
+        length = torch.tensor(lengths, device=device)  # (B,)
+        ended = torch.zeros_like(length, dtype=torch.bool)
+        tokens, start, cache = padded[:, :shortest], 0, {}
+        while not ended.all():  # all rows advance together
+            hidden = self.hidden(tokens[:, start:], start, cache)[:, -1]  # (B, C)
+            logits = F.linear(hidden, self.wte.weight).float()  # (B, V)
+            if temperature == 0:
+                new = logits.argmax(-1)
+            else:
+                new = (logits / temperature).softmax(-1).multinomial(1, generator=generator)[:, 0]
+            start = tokens.shape[1]  # position of the new token
+            if start < longest:  # inside a longer prompt, its own token replaces the sampled one
+                new = torch.where(start < length, padded[:, start], new)
+            tokens = torch.cat([tokens, new[:, None]], dim=1)
+            ended |= (start >= length) & (new == eos) | (start + 1 == length + max_new_tokens)
+        completions = [row[n:n + max_new_tokens] for row, n in zip(tokens.tolist(), lengths)]
+        return [y[:y.index(eos) + 1] if eos in y else y for y in completions]
 
     @classmethod
     def from_gpt2(cls, weights, n_head=None, tokenizer="gpt2"):
-        """A GPT from weights as GPT-2's are published, {name: tensor}: matrices are transposed
-        there, and causal masks and lm_head, which is wte again, may be saved too. Its sizes are
-        those of the weights; n_head defaults to GPT-2's heads of 64 channels."""
-        extra = ".attn.bias", ".attn.masked_bias", "lm_head.weight"
+        """A GPT from weights in GPT-2's published layout, {name: tensor}; n_head is not in them.
+        Raises ValueError that names the first tensor that does not fit."""
+        masks = (".attn.bias", ".attn.masked_bias")  # old files contain the causal masks
         weights = {name.removeprefix("transformer."): w.T if name.endswith(TRANSPOSED) else w
-                   for name, w in weights.items() if not name.endswith(extra)}
+                   for name, w in weights.items() if not name.endswith(masks)}
+        for name in ("wte.weight", "wpe.weight"):
+            if name not in weights or weights[name].dim() != 2:
+                raise ValueError(f"not weights of GPT-2: expected a matrix {name}")
+        head = weights.pop("lm_head.weight", weights["wte.weight"])
+        if not torch.equal(head, weights["wte.weight"]):
+            raise ValueError("lm_head.weight differs from wte.weight; in GPT-2 they are equal")
         (V, C), T = weights["wte.weight"].shape, len(weights["wpe.weight"])
         n_layer = sum(name.endswith("ln_1.weight") for name in weights)
-        model = cls(GPTConfig(V, T, n_layer, n_head or max(1, C // 64), C, tokenizer))
+        n_head = n_head or GPT2_HEADS.get(C)
+        if n_head is None:
+            raise ValueError(f"n_head is not stored in weights with {C} channels: put the model's "
+                             "config.json in the same folder, or give n_head")
+        model = cls(GPTConfig(V, T, n_layer, int(n_head), C, tokenizer))
+        expected = model.state_dict()
+        for name in expected | weights:
+            shapes = [tuple(w[name].shape) if name in w else None for w in (expected, weights)]
+            if shapes[0] != shapes[1]:
+                raise ValueError(f"{name}: expected shape {shapes[0]}, got {shapes[1]}")
+            if not weights[name].isfinite().all():
+                raise ValueError(f"{name} contains a value that is not finite")
         model.load_state_dict(weights)
         return model
 
     def to_gpt2(self):
-        """The weights in GPT-2's published layout; from_gpt2(weights, n_head) is the inverse."""
-        weights = {"transformer." + name: w.T.contiguous() if name.endswith(TRANSPOSED) else w
-                   for name, w in self.state_dict().items()}
-        return weights | {"lm_head.weight": weights["transformer.wte.weight"]}
+        """The weights in GPT-2's published layout, {name: tensor}; from_gpt2 is the inverse."""
+        return {"transformer." + name: (w.T if name.endswith(TRANSPOSED) else w).contiguous()
+                for name, w in self.state_dict().items()}
 
     @classmethod
-    def load(cls, path):
-        """A model from what save wrote, or from GPT-2's pytorch_model.bin. Else ValueError."""
+    def load(cls, path, n_head=None):
+        """A GPT from a file of save or from GPT-2's pytorch_model.bin. The latter needs config.json
+        in the same folder, a published width, or n_head. Raises ValueError or OSError."""
         saved = load_checkpoint(path)
+        if "weights" not in saved:
+            config = Path(path).with_name("config.json")
+            n_head = read_n_head(config) if config.exists() else n_head
+            saved = {"weights": saved, "n_head": n_head, "tokenizer": "gpt2"}
         try:
-            return cls.from_gpt2(**saved) if "weights" in saved else cls.from_gpt2(saved)
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
-            raise ValueError(f"{path}: not the weights of a GPT or of GPT-2") from None
+            return cls.from_gpt2(**saved)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from None
 
     def save(self, path):
         save_checkpoint(path, {"weights": self.to_gpt2(), "n_head": self.config.n_head,
-                               "tokenizer": self.config.tokenizer})  # what from_gpt2 takes
+                               "tokenizer": self.config.tokenizer})  # the arguments of from_gpt2
+
+
+def read_n_head(path):
+    """n_head in GPT-2's config.json. Raises ValueError if it describes another network."""
+    try:
+        config = {"n_head": 12} | json.loads(path.read_text(encoding="utf-8"))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: expected a JSON object: {error}") from None
+    for name, accepted in GPT2_NETWORK.items():
+        if config.get(name, accepted[0]) not in accepted:
+            raise ValueError(f"{path}: expected {name} {accepted[0]!r}, got {config[name]!r}")
+    return config["n_head"]
 
 
 def load_checkpoint(path):
-    """The dict that torch.save wrote to path. Runs no code from it; ValueError if damaged."""
+    """The dict that torch.save wrote to path; code in the file is not run. Raises ValueError if the
+    file is of another kind or damaged."""
     with open(path, "rb") as file:
+        if file.read(9)[8:] == b"{":
+            raise ValueError(f"{path}: a safetensors file; the README shows how to convert it")
         try:
-            if zipfile.is_zipfile(file) and zipfile.ZipFile(file).testzip():  # torch checks no sums
-                raise ValueError
+            if zipfile.is_zipfile(file) and zipfile.ZipFile(file).testzip():
+                raise ValueError  # a checksum is wrong; torch.load does not look at them
             file.seek(0)
             saved = torch.load(file, map_location="cpu", weights_only=True)
             return saved if isinstance(saved, dict) else {}
-        except Exception:
+        except Exception:  # torch.load raises many types for a damaged file
             raise ValueError(f"{path}: not a checkpoint, damaged, or larger than memory") from None
 
 
 def save_checkpoint(path, content):
-    """torch.save, whole or not at all: after a kill or on a full disk, what was there stays."""
+    """torch.save to a temporary file that replaces path. If it fails, the old file stays whole."""
     try:
         torch.save(content, f"{path}.tmp")
-        os.replace(f"{path}.tmp", path)
-    except RuntimeError:  # torch's, whatever went wrong
-        raise OSError(f"{path} cannot be written; is the disk full?") from None
+    except RuntimeError as error:  # what torch.save raises if the disk is full
+        raise OSError(f"{path} cannot be written; is the disk full? {error}") from None
+    os.replace(f"{path}.tmp", path)

@@ -1,22 +1,21 @@
 # SPDX-License-Identifier: MIT
-"""From a corpus to preferences, the DPO paper's road: SFT -> pairs -> reference -> DPO -> report.
+# Copyright (c) 2026 the authors of Minimal DPO
+"""The pipeline of DPO: SFT -> preference pairs -> reference -> DPO -> report.
 
-    python train.py                        # the toy world: about 40 s on a CPU core
-    python train.py --beta 0.5 --seed 1    # every setting is a flag: python train.py --help
-    python train.py --data pairs.jsonl --init pytorch_model.bin    # your own pairs, from GPT-2
+    python train.py                        # the built-in toy task: about 40 s on a CPU core
+    python train.py --data pairs.jsonl --init pytorch_model.bin    # your pairs, from GPT-2
 
-Writes into --out: sft.pt, dpo.pt, metrics.jsonl with every step's metrics, state.pt for --resume.
-Read it from main(), at the end.
+It writes sft.pt, dpo.pt, metrics.jsonl (every step) and state.pt (for --resume) to --out.
 """
 import argparse
+import collections
 import copy
+import functools
 import itertools
 import json
 import math
-import signal
 import sys
 import time
-import warnings
 import zlib
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -25,415 +24,514 @@ import numpy as np
 import torch
 
 import data
-from dpo import dpo_loss, optimal_logps, preference_metrics
-from model import GPT, GPTConfig, MAX_TOKENS, load_checkpoint, save_checkpoint
+from data import Pair, Row, ScoredPair
+from dpo import dpo_loss, optimal_logps, preference_metrics, sequence_logps
+from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 
-ADAMW = {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}
-WITH_INIT = {"sft_learning_rate": 1e-5, "learning_rate": 1e-6, "beta": 0.1}  # defaults for GPT-2
-LEAST = {"block_size": 16, "held_out": 0, "sft_steps": 0, "label_smoothing": 0, "seed": 0}
-DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-COLUMNS = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin",
-           "logps/chosen": "chosen", "logps/rejected": "rejected",
-           "eval/loss": "held-out", "eval/rewards/accuracies": "(acc.)"}
+MAX_TOKENS = 4096  # in a batch that needs no gradient
+EVALUATED = 256  # held-out pairs that are evaluated, during DPO and in the report
+FILES = ("state.pt", "metrics.jsonl", "sft.pt", "dpo.pt")  # of a run, in --out
+COLUMNS = {  # printed metrics, with their labels; SFT has only a loss
+    "loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin",
+    "logps/chosen": "chosen", "logps/rejected": "rejected",
+    "eval/loss": "held-out", "eval/rewards/accuracies": "accuracy"}
 
 
-def option(default, help, choices=None, group=None):  # group: a heading in --help, from here on
-    return field(default=default, metadata={"help": help, "choices": choices, "group": group})
+def main(arguments=None):
+    try:  # Read and check everything that you provide. All other errors keep their traceback.
+        cfg = parse_settings(arguments)
+        model = None if cfg.init is None else load_model(cfg)
+        task = ToyTask(cfg) if cfg.data is None else FileTask(cfg)
+        run = Run(cfg, task.checksum)
+    except (OSError, ValueError) as error:
+        fail(error)
+    sft = prepare(model, task.tokenizer, cfg)
+
+    # 1. Supervised fine-tuning (SFT): maximum likelihood of the corpus.
+    corpus = task.corpus()
+    mean_length = np.mean([len(row.completion) for row in corpus])
+    run_stage(run, "SFT", sft, corpus, functools.partial(sft_objective, mean_length=mean_length),
+              steps=cfg.sft_steps, peak=cfg.sft_learning_rate, held_out_pairs=[])
+    sft.save(run.out / "sft.pt")
+
+    # 2. Preference pairs: from your file, or samples of the SFT model that are labelled here.
+    pairs, held_out_pairs = task.pairs(sft)
+    print_pairs(pairs[:2], task.tokenizer)
+
+    # 3. The reference: the SFT model, frozen. It scores every pair once.
+    reference = sft.requires_grad_(False)
+    scored_pairs = score_pairs(reference, pairs, cfg)
+    held_out_pairs = score_pairs(reference, held_out_pairs[:EVALUATED], cfg)
+
+    # 4. DPO: the policy is a copy of the reference. Its objective uses β = cfg.beta.
+    policy = copy.deepcopy(reference).requires_grad_(True)
+    run_stage(run, "DPO", policy, scored_pairs, dpo_objective,
+              steps=cfg.steps, peak=cfg.learning_rate, held_out_pairs=held_out_pairs)
+    policy.save(run.out / "dpo.pt")
+
+    # 5. The report, on held-out prompts.
+    figures = task.report(reference, policy)
+    run.log(**{f"report/{name}": value for name, value in figures.items()})
+
+
+def completion_logps(model, rows, cfg):
+    """log π(y|x) of a batch of rows: (B,), nats, float32. Only matrix products run in cfg.dtype."""
+    tokens, mask = data.collate(rows, cfg.device)
+    with torch.autocast(cfg.device, getattr(torch, cfg.dtype), enabled=cfg.dtype != "float32"):
+        return sequence_logps(model(tokens, scored=mask), tokens, mask)
+
+
+@torch.no_grad()
+def score(model, rows, cfg):
+    """log π(y|x) of any number of rows, in their order and without gradient: (len(rows),), nats."""
+    lengths = np.array([data.length(row) for row in rows])
+    order = np.argsort(-lengths, kind="stable")  # the longest first, so there is little padding
+    logps, done, printed = [], 0, time.perf_counter()
+    while done < len(rows):
+        batch = order[done:done + max(1, MAX_TOKENS // lengths[order[done]])]
+        logps.append(completion_logps(model, [rows[i] for i in batch], cfg))
+        done += len(batch)
+        if time.perf_counter() - printed > 10:
+            print(f"{done:,} of {len(rows):,} completions scored", flush=True)
+            printed = time.perf_counter()
+    return torch.cat(logps)[np.argsort(order)]
+
+
+def sft_objective(model, rows, cfg, mean_length):
+    """Losses (B,): -log π(y|x) in nats per token, and no metrics. mean_length is the mean of the
+    whole corpus. A constant gives the same weight to each token, in every micro-batch."""
+    return -completion_logps(model, rows, cfg) / mean_length, {}
+
+
+def dpo_objective(policy, pairs, cfg, logps_of=completion_logps):
+    """Losses (B,) and metrics {name: (B,)} of a batch of ScoredPairs."""
+    rows = [Row(p.prompt, p.chosen) for p in pairs] + [Row(p.prompt, p.rejected) for p in pairs]
+    policy_chosen_logps, policy_rejected_logps = logps_of(policy, rows, cfg).chunk(2)
+    ref_chosen_logps = policy_chosen_logps.new_tensor([p.ref_chosen_logp for p in pairs])
+    ref_rejected_logps = policy_chosen_logps.new_tensor([p.ref_rejected_logp for p in pairs])
+    losses, chosen_rewards, rejected_rewards = dpo_loss(
+        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, cfg.beta,
+        label_smoothing=cfg.label_smoothing)
+    return losses, preference_metrics(chosen_rewards, rejected_rewards,
+                                      policy_chosen_logps, policy_rejected_logps)
+
+
+def score_pairs(reference, pairs, cfg):
+    """Pairs to ScoredPairs."""
+    rows = [Row(p.prompt, p.chosen) for p in pairs] + [Row(p.prompt, p.rejected) for p in pairs]
+    logps = score(reference, rows, cfg).tolist() if rows else []
+    return [ScoredPair(*pair, logps[i], logps[i + len(pairs)]) for i, pair in enumerate(pairs)]
+
+
+def evaluate(policy, pairs, cfg):
+    """Mean DPO loss and metrics of any number of ScoredPairs, without gradient: {name: number}."""
+    losses, metrics = dpo_objective(policy, pairs, cfg, logps_of=score)
+    return {name: values.mean().item() for name, values in {"loss": losses, **metrics}.items()}
+
+
+def fit(model, optimizer, batches, objective, steps, peak, cfg, done=0):
+    """The training loop, a generator: yields (step, means of the batch {name: number}).
+
+    batches    iterator of lists of examples; each is split into cfg.grad_accum micro-batches
+    objective  (model, examples, cfg) -> losses (B,), metrics {name: (B,)}
+    steps      number of steps of the stage, of which done are not run again
+    raises FloatingPointError if a loss or gradient is not finite, before it changes the weights
+    """
+    for step in range(done + 1, steps + 1):
+        batch = next(batches)
+        optimizer.param_groups[0]["lr"] = warmup_cosine(step, steps, peak)
+        optimizer.zero_grad()
+        sums = collections.defaultdict(float)
+        size = math.ceil(len(batch) / cfg.grad_accum)
+        for i in range(0, len(batch), size):
+            losses, metrics = objective(model, batch[i:i + size], cfg)
+            (losses.sum() / len(batch)).backward()  # for one micro-batch: losses.mean().backward()
+            for name, values in {"loss": losses.detach(), **metrics}.items():
+                sums[name] += values.sum()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # one batch moves it little
+        means = {name: (total / len(batch)).item() for name, total in sums.items()}
+        if not (math.isfinite(means["loss"]) and norm.isfinite()):
+            raise FloatingPointError(f"step {step}: loss {means['loss']}, norm of the gradient "
+                                     f"{norm}; is the learning rate {peak:g} too high?")
+        optimizer.step()
+        yield step, means
+
+
+def warmup_cosine(step, steps, peak):
+    """Learning rate of step 1, …, steps: up to peak in the first tenth, then a cosine towards 0."""
+    warmup = math.ceil(steps / 10)
+    if step <= warmup:
+        return peak * step / warmup
+    return peak * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup + 1))) / 2
+
+
+def run_stage(run, stage, model, examples, objective, steps, peak, held_out_pairs):
+    """Run the rest of a stage: log each step, save every cfg.save_every steps, and ten times
+    evaluate held_out_pairs and print the means since the last time."""
+    cfg = run.cfg
+    # The paper uses RMSprop. Weight decay is off: it would pull to 0, not to the reference.
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0, fused=True)
+    done = run.restore(stage, model, optimizer)
+    batches = itertools.islice(data.batches(examples, cfg.batch_size, cfg.seed), done, None)
+    labels = {name: label for name, label in COLUMNS.items() if stage == "DPO" or name == "loss"}
+    if not held_out_pairs:
+        labels = {name: label for name, label in labels.items() if "eval/" not in name}
+    if done < steps:
+        print(f"\n{'step':>13}", *(f"{label:>8}" for label in labels.values()), "ETA")
+    recent, began = [], time.perf_counter()
+    for step, metrics in fit(model, optimizer, batches, objective, steps, peak, cfg, done):
+        is_tenth = 10 * step // steps > 10 * (step - 1) // steps
+        if is_tenth and held_out_pairs:
+            means = evaluate(model, held_out_pairs, cfg)
+            metrics |= {f"eval/{name}": mean for name, mean in means.items()}
+        run.log(stage=stage, step=step, **metrics)
+        recent.append(metrics)
+        if is_tenth:
+            means = [np.mean([row[name] for row in recent if name in row]) for name in labels]
+            left = (time.perf_counter() - began) / (step - done) * (steps - step)
+            eta = f"{left:.0f}s" if left < 100 else f"{left / 60:.0f}m"
+            cells = [f"{mean:8.3f}" if abs(mean) < 1000 else f"{mean:8.1e}" for mean in means]
+            print(f"{stage:4}{f'{step}/{steps}':>9}", *cells, f"{eta:>3}", flush=True)
+            recent = []
+        if step % cfg.save_every == 0 or step == steps:
+            run.save(stage, step, model, optimizer if step < steps else None)
+    optimizer.zero_grad()  # frees the gradients
+
+
+class Run:
+    """The folder --out. Its state.pt is what --resume needs. That is no random state, because data,
+    labels, samples and batches follow from the seed."""
+
+    def __init__(self, cfg, checksum):
+        """Open a new folder or, with --resume, an earlier one. Raises ValueError and OSError."""
+        self.cfg, self.out = cfg, Path(cfg.out)
+        state, metrics = self.out / "state.pt", self.out / "metrics.jsonl"
+        may_differ = ("data", "out", "device", "save_every", "resume")
+        settings = {name: x for name, x in asdict(cfg).items() if name not in may_differ}
+        settings["checksum of all texts"] = checksum
+        if cfg.resume:
+            if not state.exists():
+                raise ValueError(f"{cfg.out}: there is no run to continue; start it without "
+                                 "--resume")
+            self.state = load_checkpoint(state)
+            for name, now in settings.items():
+                if (saved := self.state.get("settings", {}).get(name)) != now:
+                    raise ValueError(f"{state}: {name} was {saved}, now it is {now}")
+        elif any((self.out / name).exists() for name in FILES):
+            raise ValueError(f"{cfg.out} holds an earlier run: continue it with --resume, or "
+                             "choose another folder with --out")
+        else:
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.state = {"settings": settings, "metrics_size": 0}
+            save_checkpoint(state, self.state)
+        self.metrics = open(metrics, "ab")
+        if self.metrics.tell() < self.state["metrics_size"]:
+            raise ValueError(f"{metrics} is shorter than it was when state.pt was saved")
+        self.metrics.truncate(self.state["metrics_size"])
+
+    def restore(self, stage, model, optimizer):
+        """Restore the weights and the optimizer of a stage. Returns the number of steps done."""
+        done, weights, moments = self.state.get(stage, (0, None, None))
+        if weights:
+            model.load_state_dict(weights)
+        if moments:
+            optimizer.load_state_dict(moments)
+        return done
+
+    def save(self, stage, done, model, optimizer):
+        """Save the state after done steps of a stage. After the last one, optimizer is None."""
+        self.state[stage] = done, model.state_dict(), optimizer and optimizer.state_dict()
+        self.state["metrics_size"] = self.metrics.tell()
+        save_checkpoint(self.out / "state.pt", self.state)
+
+    def log(self, **row):
+        """Append a line to metrics.jsonl. A number that is not finite becomes null, as in JSON."""
+        row = {key: x if isinstance(x, str) or math.isfinite(x) else None for key, x in row.items()}
+        self.metrics.write(json.dumps(row).encode() + b"\n")
+        self.metrics.flush()
+
+
+class ToyTask:
+    """The toy task. Its pairs are samples of the SFT model, labelled by a simulated annotator."""
+
+    def __init__(self, cfg):
+        if cfg.tokenizer != "toy":
+            raise ValueError("the toy task needs the tokenizer toy; give your pairs with --data")
+        self.cfg, self.tokenizer = cfg, data.toy_tokenizer()
+        self.prompts, self.held_out_prompts = data.prompts()
+        rng = np.random.default_rng((cfg.seed, 1))
+        self.reviews = data.corpus(self.prompts, cfg.n_reviews, rng)
+        self.checksum = zlib.crc32(json.dumps(self.reviews).encode())
+
+    def corpus(self):
+        return [data.encode(self.tokenizer, x, y) for x, y in self.reviews]
+
+    def pairs(self, sft):
+        pairs = make_pairs(sft, self.prompts, self.cfg.n_pairs, self.cfg, self.tokenizer)
+        print(f"\n{self.cfg.n_pairs:,} pairs sampled, {len(pairs):,} kept (the rest are identical)")
+        if not pairs:
+            fail("all sampled pairs are identical; more --n_pairs or --sft_steps may help")
+        return pairs, make_pairs(sft, self.held_out_prompts, EVALUATED, self.cfg, self.tokenizer)
+
+    def report(self, reference, policy):
+        cfg = replace(self.cfg, dtype="float32")
+        prompts = [self.tokenizer.encode_ordinary(x) for x in self.held_out_prompts]
+        return report_exactly(reference, policy, self.held_out_prompts, cfg, self.tokenizer) | \
+            report_samples(reference, policy, prompts, data.MAX_NEW_TOKENS, cfg, self.tokenizer)
+
+
+def print_pairs(pairs, tokenizer):
+    for pair in pairs:
+        x, y_w, y_l = (tokenizer.decode(ids) for ids in pair)
+        print(f"{x!r:.80}\n    chosen   {y_w!r:.67}\n    rejected {y_l!r:.67}")
+
+
+def make_pairs(sft, prompts, n, cfg, tokenizer):
+    """Sample n pairs of completions y ~ π_SFT(·|x). A simulated annotator chooses: [Pair]."""
+    texts = [prompts[i % len(prompts)] for i in range(n)]
+    ids = [tokenizer.encode_ordinary(x) for x in texts]
+    samples = sample(sft, ids + ids, data.MAX_NEW_TOKENS, cfg, tokenizer)
+    rewards = [data.reward(x, data.decode(tokenizer, y)) for x, y in zip(texts + texts, samples)]
+    rng = np.random.default_rng((cfg.seed, 2))
+    first_wins = data.prefers_first(rewards[:n], rewards[n:], rng)
+    pairs = []
+    for x, first, second, wins in zip(ids, samples[:n], samples[n:], first_wins):
+        chosen, rejected = (first, second) if wins else (second, first)
+        if chosen != rejected:
+            pairs.append(Pair(x, chosen, rejected))
+    return pairs
+
+
+class FileTask:
+    """Your own pairs (--data). SFT trains on their chosen completions."""
+
+    def __init__(self, cfg):
+        self.cfg, self.tokenizer = cfg, data.get_tokenizer(cfg.tokenizer)
+        texts = data.read_jsonl(cfg.data)
+        pairs, counts, self.checksum = data.encode_pairs(texts, self.tokenizer, cfg.block_size)
+        self.training_pairs, self.held_out_pairs = data.split_pairs(
+            pairs, cfg.held_out, cfg.block_size, cfg.seed)
+        total = counts.pop("in the file", 0)
+        if len(pairs) < 0.8 * total:
+            print(f"Warning: {total - len(pairs):,} of {total:,} pairs are dropped.")
+        counts = {f"pairs in {cfg.data}": total, "to train on": len(self.training_pairs),
+                  f"held out (--held_out {cfg.held_out:g})": len(self.held_out_pairs), **counts}
+        print(*(f"{n:10,} {text}" for text, n in counts.items()), sep="\n")
+        if not pairs:
+            raise ValueError(f"{cfg.data}: no pair to train on")
+        mean_lengths = np.mean([(len(y_w), len(y_l)) for _, y_w, y_l in pairs], axis=0)
+        print("mean length: chosen {:.1f}, rejected {:.1f} tokens".format(*mean_lengths))
+
+    def corpus(self):
+        return [Row(x, y_w) for x, y_w, _ in self.training_pairs]
+
+    def pairs(self, sft):
+        return self.training_pairs, self.held_out_pairs
+
+    def report(self, reference, policy):
+        cfg = replace(self.cfg, dtype="float32")
+        pairs = self.held_out_pairs or self.training_pairs
+        kind = "held-out pairs" if self.held_out_pairs else "training pairs (none is held out)"
+        figures = evaluate(policy, score_pairs(reference, pairs[:EVALUATED], cfg), cfg)
+        print(f"\n{len(pairs[:EVALUATED])} {kind}; before DPO: loss 0.693, margin 0")
+        for name, value in figures.items():
+            print(f"    {name:22}{value:9.3f}")
+        room = cfg.block_size // 2  # for a prompt, because no completion in the file is longer
+        prompts = list(dict.fromkeys(tuple(pair.prompt[-room:]) for pair in pairs))[:32]
+        return figures | report_samples(reference, policy, prompts, room, cfg, self.tokenizer)
+
+
+def sample(model, prompts, max_new_tokens, cfg, tokenizer):
+    """One completion y ~ π(·|x) per prompt, as lists of ids. Equal arguments, equal samples."""
+    generator = torch.Generator(cfg.device).manual_seed(cfg.seed)
+    n = max(1, 2 * MAX_TOKENS // (max(map(len, prompts)) + max_new_tokens))
+    samples, printed = [], time.perf_counter()
+    for i in range(0, len(prompts), n):
+        if time.perf_counter() - printed > 10:
+            print(f"{i:,} of {len(prompts):,} completions sampled", flush=True)
+            printed = time.perf_counter()
+        samples += model.sample(prompts[i:i + n], max_new_tokens, 1.0, tokenizer.eot_token,
+                                generator)
+    return samples
+
+
+def outcome_logps(model, prompts, cfg, tokenizer):
+    """log π of all 1,884 reviews and, last, of all malformed text together: (X, 1885), float64."""
+    completions = [data.encode(tokenizer, "", y).completion for y in data.REVIEWS]
+    rows = [Row(tokenizer.encode_ordinary(x), y) for x in prompts for y in completions]
+    logps = score(model, rows, cfg).view(len(prompts), -1).cpu().double()
+    malformed = (1 - logps.exp().sum(-1, keepdim=True)).clamp(min=1e-12).log()
+    return torch.cat([logps, malformed], dim=-1)
+
+
+def report_exactly(reference, policy, prompts, cfg, tokenizer):
+    """Print and return the exact figures of SFT, DPO and the optimum (Eq. 4)."""
+    rewards = data.outcome_rewards(prompts)
+    logps = {"sft": outcome_logps(reference, prompts, cfg, tokenizer),
+             "dpo": outcome_logps(policy, prompts, cfg, tokenizer)}
+    logps["optimum"] = optimal_logps(logps["sft"], rewards, cfg.beta)
+    table = {name: data.exact_figures(policy_logps, logps["sft"], rewards, cfg.beta)
+             for name, policy_logps in logps.items()}
+    achieved = table["dpo"]["objective"] - table["sft"]["objective"]
+    achievable = table["optimum"]["objective"] - table["sft"]["objective"]
+    changes = (logps["dpo"] - logps["sft"])[:, :-1]  # without malformed text
+    correlations = [np.corrcoef(change, r)[0, 1] for change, r in zip(changes, rewards[:, :-1])]
+    figures = {"objective_share": achieved / achievable if achievable > 0 else math.nan,
+               "kl_to_optimum": (achievable - achieved) / cfg.beta,  # J(π*) - J(π) = β KL(π‖π*)
+               "implicit_reward_correlation": np.mean(correlations).item()}
+    print(f"\n{f'{len(prompts)} held-out prompts, exact':28}", *(f"{x.upper():>9}" for x in table))
+    for key, label in data.FIGURES.items():
+        print(f"{label:28}", *(f"{column[key]:9.4f}" for column in table.values()))
+    print("DPO achieves {objective_share:.1%} of the achievable improvement of the objective.\n"
+          "KL(π‖π*) is {kl_to_optimum:.4f} nats. Over all reviews, the implicit and the true\n"
+          "reward have a correlation of {implicit_reward_correlation:.4f}.".format(**figures))
+    return figures | {f"{x}/{key}": table[x][key] for x in table for key in data.FIGURES}
+
+
+def report_samples(reference, policy, prompts, max_new_tokens, cfg, tokenizer):
+    """Print samples of SFT and DPO. Return their KL(π‖π_ref), the mean of log π(y|x) -
+    log π_ref(y|x) over one y ~ π per prompt, and its standard error."""
+    samples = {"SFT": sample(reference, prompts, max_new_tokens, cfg, tokenizer),
+               "DPO": sample(policy, prompts, max_new_tokens, cfg, tokenizer)}
+    for i, prompt in enumerate(prompts[:4]):
+        print(f"\n{tokenizer.decode(prompt)!r:.80}")
+        for name, completions in samples.items():
+            print(f"    {name} {data.decode(tokenizer, completions[i])!r:.71}")
+    print(f"\n{len(prompts)} samples: tokens on average, and fraction that end with EOS")
+    for name, completions in samples.items():
+        ended = np.mean([y[-1] == tokenizer.eot_token for y in completions])
+        print(f"    {name}{np.mean([len(y) for y in completions]):8.1f}{ended:8.2f}")
+    rows = [Row(x, y) for x, y in zip(prompts, samples["DPO"])]
+    log_ratios = score(policy, rows, cfg) - score(reference, rows, cfg)
+    kl, error = log_ratios.mean().item(), math.nan  # one sample has no standard error
+    if len(rows) > 1:
+        error = log_ratios.std().item() / math.sqrt(len(rows))
+        print(f"KL(π‖π_ref) from the samples of DPO: {kl:.3f} ± {error:.3f} nats")
+    return {"kl": kl, "kl_error": error}
+
+
+def option(group, default, help, low=None, high=None, choices=None):  # group: heading in --help
+    metadata = {"group": group, "help": help, "low": low, "high": high, "choices": choices}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
 class Config:
-    data: str = option(None, "JSONL of prompt, chosen, rejected; else the toy world", group="data")
-    held_out: float = option(0.1, "fraction of the prompts of --data to hold out")
-    tokenizer: str = option("auto", "tokenizer for --data; auto: that of --init, without it gpt2",
-                            ("auto", "toy", "gpt2"))
-    block_size: int = option(256, "longest prompt with its completion, in tokens")
-    n_pairs: int = option(32768, "preference pairs to sample in the toy world")
-    n_reviews: int = option(20000, "reviews in the SFT corpus of the toy world")
-    init: str = option(None, "start from a checkpoint, or GPT-2's pytorch_model.bin", group="model")
-    n_layer: int = option(1, "transformer blocks, without --init")
-    n_head: int = option(4, "attention heads in a block, without --init")
-    n_embd: int = option(64, "channels, a multiple of n_head, without --init")
-    sft_steps: int = option(1000, "steps, one batch each; 0 for none", group="SFT")
-    sft_learning_rate: float = option(4e-3, "peak learning rate; with --init 1e-5")
-    steps: int = option(1000, "steps, one batch each", group="DPO")
-    learning_rate: float = option(1e-3, "peak learning rate; with --init 1e-6")
-    beta: float = option(1.0, "strength of the KL penalty; with --init 0.1")
-    label_smoothing: float = option(0.0, "fraction of labels believed flipped, below 0.5")
-    batch_size: int = option(64, "texts (SFT) or pairs (DPO) in a batch", group="run")
-    grad_accum: int = option(1, "parts in which a batch is run, to save memory")
-    device: str = option(DEVICES[-1], "cpu, or cuda, the default with a GPU", DEVICES)
-    dtype: str = option("auto", "type in matrix products; auto: bfloat16 on a GPU, else float32",
-                        ("auto", "float32", "bfloat16", "float16"))
-    seed: int = option(0, "seed of weights, data, samples and batches")
-    out: str = option("out", "folder for checkpoints and metrics")
-    save_every: int = option(100, "steps between two states to resume from")
-    resume: bool = option(False, "continue from the state in --out, if there is one")
+    """All settings. A default that depends on another setting is None until __post_init__."""
+    data: str = option("data", None, "JSONL file of your pairs (default: the toy task)")
+    held_out: float = option("data", 0.1, "fraction of the prompts of --data to hold out", 0, 0.9)
+    tokenizer: str = option("data", None, "of --data (default: gpt2)", choices=("toy", "gpt2"))
+    block_size: int = option("data", None, "longest row, in tokens (default: 256)", 16, 8192)
+    n_pairs: int = option("data", 32768, "pairs to sample in the toy task", 1, 10**7)
+    n_reviews: int = option("data", 20000, "reviews for SFT in the toy task", 1, 10**7)
+    init: str = option("model", None, "checkpoint or GPT-2's pytorch_model.bin to start from")
+    n_layer: int = option("model", None, "transformer blocks (default: 1)", 1, 1000)
+    n_head: int = option("model", None, "attention heads (default: 4)", 1, 1000)
+    n_embd: int = option("model", None, "channels (default: 64)", 1, 10**5)
+    sft_steps: int = option("SFT", 1000, "steps, one batch each; 0 skips SFT", 0, 10**9)
+    sft_learning_rate: float = option(
+        "SFT", None, "peak (default: 4e-3, with --init 1e-5)", 1e-9, 10)
+    steps: int = option("DPO", 1000, "steps, one batch each", 1, 10**9)
+    learning_rate: float = option("DPO", None, "peak (default: 1e-3, with --init 1e-6)", 1e-9, 10)
+    beta: float = option("DPO", None, "KL penalty β (default: 1.0, with --init 0.1)", 1e-6, 1e6)
+    label_smoothing: float = option("DPO", 0.0, "fraction of labels that are flipped", 0, 0.49)
+    batch_size: int = option("run", 64, "completions (SFT) or pairs (DPO) per batch", 1, 10**6)
+    grad_accum: int = option("run", 1, "micro-batches per batch, to save memory", 1, 10**6)
+    device: str = option("run", "cuda" if torch.cuda.is_available() else "cpu",
+                         "mps is not tested", choices=("cpu", "cuda", "mps"))
+    dtype: str = option("run", None, "of matrix products (default: bfloat16 if the GPU has it, "
+                        "else float32)", choices=("float32", "bfloat16"))
+    seed: int = option("run", 0, "of weights, data, samples and batches", 0, 2**32 - 1)
+    out: str = option("run", "out", "folder for the results")
+    save_every: int = option("run", 100, "steps between two saved states", 1, 10**9)
+    resume: bool = option("run", False, "continue the run in --out")
 
     def __post_init__(self):
+        """Fill in the defaults and check every setting. Raises ValueError that names the flag."""
+        defaults = {"sft_learning_rate": 1e-5, "learning_rate": 1e-6, "beta": 0.1}
+        if self.init is None:
+            defaults = {"sft_learning_rate": 4e-3, "learning_rate": 1e-3, "beta": 1.0,
+                        "tokenizer": "toy" if self.data is None else "gpt2",
+                        "block_size": 256, "n_layer": 1, "n_head": 4, "n_embd": 64}
+        found = {"cpu": True, "cuda": torch.cuda.is_available(),
+                 "mps": torch.backends.mps.is_available()}
+        if not found[self.device]:
+            raise ValueError(f"--device {self.device}: torch does not find it")
+        native = self.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        defaults["dtype"] = "bfloat16" if native else "float32"
+        for name, default in defaults.items():
+            if getattr(self, name) is None:
+                setattr(self, name, default)
         for f in fields(self):
-            if f.type in (int, float):
-                value, least = getattr(self, f.name), LEAST.get(f.name)
-                if not (0 < value < 2**32 if least is None else least <= value < 2**32):
-                    bound = "above 0" if least is None else f"at least {least}"
-                    raise ValueError(f"expected {f.name} {bound} and below 2**32, got {value}")
-        dpo_loss(*torch.zeros(4, 1), self.beta, label_smoothing=self.label_smoothing)  # checks both
-        if self.dtype == "auto":
-            self.dtype = "float32" if self.device == "cpu" else "bfloat16"
+            value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
+            if low is not None and value is not None and not low <= value <= high:
+                raise ValueError(f"--{f.name}: expected {low} to {high}, got {value}")
+        if self.init is None and self.n_embd % self.n_head:
+            raise ValueError(f"--n_head {self.n_head} does not divide --n_embd {self.n_embd}")
 
 
-def parse_config(arguments=None):
-    """The command line, made from Config's fields."""
-    parser = argparse.ArgumentParser(allow_abbrev=False)
+def parse_settings(arguments):
+    """The command line as a Config."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = fail
+    groups = {}
     for f in fields(Config):
-        text, choices, group = f.metadata.values()
-        if group:
-            section = parser.add_argument_group(group)
-        kind = dict(action="store_true") if f.type is bool else dict(
-            type=f.type, choices=choices, metavar="")
-        shown = f" (default: {f.default})" if f.type in (int, float) else ""
-        section.add_argument(f"--{f.name}", default=f.default, help=text + shown, **kind)
-    if parser.parse_args(arguments).init:
-        parser.set_defaults(**WITH_INIT)
+        group, text = f.metadata["group"], f.metadata["help"]
+        kind = {"type": f.type, "choices": f.metadata["choices"]}
+        if f.type is bool:
+            kind = {"action": "store_true"}
+        elif f.default is not None:
+            text += f" (default: {f.default})"
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        groups[group].add_argument(f"--{f.name}", default=f.default, help=text, **kind)
     return Config(**vars(parser.parse_args(arguments)))
 
 
-def fail(message):
-    print("error:", str(message).split("\n")[0], file=sys.stderr)
+def load_model(cfg):
+    """The model of --init. It fills in the settings that it determines. Raises ValueError if one
+    of them is given and differs."""
+    model = GPT.load(cfg.init, cfg.n_head)
+    for name in ("tokenizer", "block_size", "n_layer", "n_head", "n_embd"):
+        given, stored = getattr(cfg, name), getattr(model.config, name)
+        if given is None:
+            setattr(cfg, name, stored)
+        elif given != stored and not (name == "block_size" and given < stored):
+            raise ValueError(f"--{name} {given}: {cfg.init} has {stored}")
+    has, needs = model.config.vocab_size, data.get_tokenizer(cfg.tokenizer).n_vocab
+    if has != needs:
+        raise ValueError(f"{cfg.init} has {has} tokens, but its tokenizer has {needs}")
+    return model
+
+
+def prepare(model, tokenizer, cfg):
+    """Print the settings that matter most. Return the model of --init or a new one, on its device.
+    """
+    print(f"β {cfg.beta:g}, learning rates {cfg.sft_learning_rate:g} (SFT) and "
+          f"{cfg.learning_rate:g} (DPO), {cfg.dtype} on {cfg.device}, seed {cfg.seed}")
+    torch.manual_seed(cfg.seed)
+    torch.set_flush_denormal(True)  # tiny gradients would slow a CPU down
+    model = model or GPT(GPTConfig(tokenizer.n_vocab, cfg.block_size, cfg.n_layer, cfg.n_head,
+                                   cfg.n_embd, cfg.tokenizer))
+    if sum(p.numel() for p in model.parameters()) < 2**20:
+        torch.set_num_threads(1)  # threads of a small model wait longer than they compute
+    return model.to(cfg.device)
+
+
+def fail(error):
+    """Print one line and exit with code 2."""
+    if isinstance(error, OSError) and error.filename is not None:
+        error = f"{error.filename}: {error.strerror}"
+    print("error:", str(error).split("\n")[0], file=sys.stderr)
     sys.exit(2)
 
 
-def learning_rate(step, steps, peak):
-    """For step 1 … steps: up to the peak in the first tenth, then along a cosine towards 0."""
-    warmup = math.ceil(steps / 10)
-    cosine = (1 + math.cos(math.pi * max(0, step - warmup) / (steps - warmup + 1))) / 2
-    return peak * min(step, warmup) / warmup * cosine
-
-
-def fit(model, optimizer, lengths, loss_of, steps, peak, cfg, start=0):
-    """The training loop, a generator: yields (step, mean metrics of the batch) after each step.
-
-    lengths  tokens of each example, for batches of similar lengths
-    loss_of  an array of b example numbers -> {name: (b,)}, of which "loss" carries the gradient
-    steps    steps in all, of which start are done; peak is the highest learning rate
-    cfg      batch_size, grad_accum, seed, device, dtype
-    raises ValueError if the loss or its gradient is not finite, before the weights change; in
-             float16 a step with such a gradient is skipped, since the scaler may overflow
-    """
-    scaler = torch.amp.GradScaler(cfg.device, enabled=cfg.dtype == "float16")
-    batches = itertools.islice(data.batches(lengths, cfg.batch_size, cfg.seed), start, steps)
-    for step, batch in enumerate(batches, start + 1):
-        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak)
-        optimizer.zero_grad()
-        sums = 0
-        for part in np.array_split(batch, min(cfg.grad_accum, len(batch))):
-            results = loss_of(part)
-            scaler.scale(results["loss"].sum() / len(batch)).backward()  # parts add up to the mean
-            sums += torch.stack([value.detach().sum() for value in results.values()])
-        metrics = dict(zip(results, (sums / len(batch)).tolist()))
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        if not (math.isfinite(metrics["loss"]) and (scaler.is_enabled() or norm.isfinite())):
-            raise ValueError(f"step {step}: loss {metrics['loss']}, gradient {norm}; is the "
-                             f"learning rate too high? Batch: {sorted(batch.tolist())}")
-        scaler.step(optimizer)
-        scaler.update()
-        yield step, metrics
-
-
-def logps_of(model, examples, cfg):
-    """log π(y|x) of the K completions in each (prompt, completion, …) of a batch: (B, K), nats, as
-    dpo.sequence_logps defines it. Matrix products run in cfg.dtype; weights, log-softmax and sums
-    stay in float32."""
-    with torch.autocast(cfg.device, getattr(torch, cfg.dtype), enabled=cfg.dtype != "float32"):
-        return model.completion_logps(*data.collate(examples, cfg.device))
-
-
-@torch.no_grad()
-def score(model, examples, cfg):
-    """log π(y|x) of any number of examples, in order and without gradient: (len(examples), K)."""
-    lengths = np.array([sum(map(len, example)) for example in examples])
-    order, logps, done = np.argsort(-lengths, kind="stable"), [], 0
-    while done < len(order):
-        batch = order[done:done + max(1, MAX_TOKENS // lengths[order[done]])]  # the longest first
-        logps.append(logps_of(model, [examples[i] for i in batch], cfg))
-        done += len(batch)
-    return torch.cat(logps)[np.argsort(order)]  # in the order of the examples
-
-
-def pair_metrics(policy_logps, ref_logps, cfg):
-    """The DPO loss and the field's metrics of pairs, {name: (b,)}, from log π(y|x) under the policy
-    and under the reference: (b, 2) each, the chosen completion, then the rejected."""
-    policy_chosen_logps, policy_rejected_logps = policy_logps.unbind(1)
-    ref_chosen_logps, ref_rejected_logps = ref_logps.unbind(1)
-    losses, chosen_rewards, rejected_rewards = dpo_loss(
-        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, cfg.beta,
-        label_smoothing=cfg.label_smoothing)
-    return preference_metrics(losses, chosen_rewards, rejected_rewards,
-                              policy_chosen_logps, policy_rejected_logps)
-
-
-def sample(model, prompts, max_new_tokens, cfg, tokenizer):
-    """A completion y ~ π(·|x) of each prompt, the same ones whenever it is called."""
-    generator = torch.Generator(cfg.device).manual_seed(cfg.seed)
-    return model.sample(prompts, max_new_tokens, 1.0, tokenizer.eot_token, generator)
-
-
-def make_pairs(sft, prompts, cfg, tokenizer):
-    """Sample y1, y2 ~ π_SFT(·|x) and let the labeller choose: [(prompt, chosen, rejected)] ids."""
-    texts = [prompts[i % len(prompts)] for i in range(cfg.n_pairs)]
-    ids = [tokenizer.encode_ordinary(x) for x in texts]
-    both = sample(sft, ids + ids, data.MAX_NEW_TOKENS, cfg, tokenizer)
-    rewards = [data.reward(x, data.decode(tokenizer, y)) for x, y in zip(texts + texts, both)]
-    rewards = np.array(rewards).reshape(2, -1)  # of the first and of the second completion
-    wins = data.prefers_first(*rewards, np.random.default_rng((cfg.seed, 2)))
-    pairs = [(x, y1, y2) if first_wins else (x, y2, y1) for x, y1, y2, first_wins in zip(
-        ids, both[:cfg.n_pairs], both[cfg.n_pairs:], wins) if y1 != y2]
-    if not pairs:
-        raise ValueError("expected pairs of different samples, but each pair's two are identical")
-    print(f"\n{cfg.n_pairs:,} pairs: {cfg.n_pairs - len(pairs):,} identical dropped, "
-          f"{(rewards.min(0) == data.MALFORMED).sum():,} hold malformed text")
-    return pairs
-
-
-def outcome_logps(model, prompts, cfg, tokenizer):
-    """(X, 1885) float64: log π of every review and, last, of all malformed text together."""
-    reviews = [data.encode(tokenizer, "", y)[1] for y in data.REVIEWS]
-    rows = [(tokenizer.encode_ordinary(x), *reviews[i:i + 12])  # a dozen completions a row
-            for x in prompts for i in range(0, len(reviews), 12)]
-    logps = score(model, rows, cfg).double().view(len(prompts), -1).cpu()
-    rest = (1 - logps.exp().sum(-1, keepdim=True)).clamp(min=1e-12).log()
-    return torch.cat([logps, rest], dim=-1)
-
-
-def report_exactly(reference, policy, prompts, cfg, tokenizer):
-    """Print and return the exact figures of SFT, DPO and the optimum of RLHF (Eq. 4)."""
-    rewards = data.outcome_rewards(prompts)
-    sft, dpo = (outcome_logps(model, prompts, cfg, tokenizer) for model in (reference, policy))
-    rows = {name: data.exact_figures(logps, sft, rewards, cfg.beta) for name, logps in (
-        ("sft", sft), ("dpo", dpo), ("optimum", optimal_logps(sft, rewards, cfg.beta)))}
-    start, reached, best = (row["objective"] for row in rows.values())
-    correlations = [torch.corrcoef(torch.stack([change, r])[:, :-1])[0, 1]  # of the reviews
-                    for change, r in zip(dpo - sft, rewards)]
-    figures = {"objective_share": (reached - start) / (best - start) if best > start else math.nan,
-               "kl_to_optimum": (best - reached) / cfg.beta,  # best - reached = β KL(π‖π*)
-               "implicit_reward_correlation": torch.stack(correlations).mean().item()}
-    title = f"{len(prompts)} held-out prompts, exact"
-    print(f"\n{title:28}" + "".join(f"{name.upper():>10}" for name in rows))
-    for figure, label in data.FIGURES.items():
-        print(f"{label:28}" + "".join(f"{row[figure]:10.4f}" for row in rows.values()))
-    print("DPO reaches {objective_share:.1%} of the possible gain of the objective over SFT.\n"
-          "KL(π‖π*) is {kl_to_optimum:.4f} nats. Over all reviews implicit and true reward\n"
-          "correlate at {implicit_reward_correlation:.4f}.".format(**figures))
-    figures |= {f"{name}/{figure}": row[figure] for name, row in rows.items() for figure in row}
-    return figures
-
-
-def report_on_pairs(reference, policy, pairs, cfg, tokenizer):
-    """Print and return what needs no true reward, the mean metrics of held-out pairs."""
-    metrics = pair_metrics(score(policy, pairs, cfg), score(reference, pairs, cfg), cfg)
-    figures = {name: value.mean().item() for name, value in metrics.items()}
-    print(f"\n{len(pairs)} held-out pairs (before DPO: loss 0.693, accuracies 0.5, margins 0)")
-    for name, value in figures.items():
-        print(f"    {name:22}{value:9.3f}")
-    return figures
-
-
-def report_on_samples(reference, policy, prompts, max_new_tokens, cfg, tokenizer):
-    """Print a completion of SFT and of DPO to each of four prompts, and KL(π‖π_ref) as the mean of
-    log π(y|x) - log π_ref(y|x) over a sample y ~ π to each prompt. Returns it and its error."""
-    before = sample(reference, prompts[:4], max_new_tokens, cfg, tokenizer)
-    after = sample(policy, prompts, max_new_tokens, cfg, tokenizer)
-    for prompt, y, better_y in zip(prompts, before, after):
-        print(f"\n{tokenizer.decode(prompt)!r:.80}\n    SFT {data.decode(tokenizer, y)!r:.71}\n"
-              f"    DPO {data.decode(tokenizer, better_y)!r:.71}")
-    examples = list(zip(prompts, after))
-    log_ratios = score(policy, examples, cfg) - score(reference, examples, cfg)
-    kl, error = log_ratios.mean().item(), log_ratios.std().item() / len(examples) ** 0.5
-    print(f"\nKL(π‖π_ref) from {len(examples)} samples: {kl:.3f} ± {error:.3f} nats")
-    return {"kl": kl, "kl_error": error}
-
-
-class Run:
-    """The folder --out: metrics.jsonl, and state.pt, from which --resume continues. A state holds
-    the metrics so far, each stage's step and weights, and the optimizer of the one in training. No
-    random state: samples, labels and batches come out the same again from the seed."""
-
-    def __init__(self, cfg, model, texts):
-        """Open --out for a run of cfg that begins with this model and these texts."""
-        out = Path(cfg.out)
-        for path in cfg.data, cfg.init:
-            if path and out.resolve() in (Path(path).resolve().parent, Path(path).parent.resolve()):
-                raise ValueError(f"{path}: this run could overwrite it; choose another --out")
-        weights = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
-        modules = [Path(data.__file__).with_name(f"{name}.py").read_bytes()
-                   for name in ("dpo", "model", "data", "train")]
-        made_with = asdict(replace(cfg, data=None, init=None, out="", save_every=1, resume=False))
-        made_with |= {
-            "texts": zlib.crc32(repr(texts).encode()), "weights": zlib.crc32(weights.numpy()),
-            "version": zlib.crc32(b"".join(modules)), "torch": str(torch.__version__),
-            "threads": torch.get_num_threads(), "model": str(model.config)}
-        out.mkdir(parents=True, exist_ok=True)
-        self.cfg, self.path, metrics = cfg, out / "state.pt", out / "metrics.jsonl"
-        self.state = {"made_with": made_with, "metrics": []}
-        if cfg.resume and self.path.exists():
-            self.state = load_checkpoint(self.path)
-            for name, value in made_with.items():
-                if self.state.get("made_with", {}).get(name) != value:
-                    raise ValueError(f"{self.path}: not a state, or made with another {name}")
-        else:
-            old = filter(Path.exists, [metrics, self.path, out / "sft.pt", out / "dpo.pt"])
-            if moved := [file.replace(f"{file}.old").name for file in old]:
-                print(f"{out}: earlier files are now called {', '.join(moved)}")
-        save_checkpoint(self.path, self.state)  # first, so that --resume moves nothing aside
-        new = out / "metrics.jsonl.tmp"
-        new.write_text("".join(self.state["metrics"]))
-        self.file = open(new.replace(metrics), "a")
-
-    def train(self, stage, model, examples, loss_of, steps, peak, held_out=()):
-        """Fit what is left of a stage. After each tenth print its mean metrics, and those of the
-        held-out example numbers. Save every save_every steps and at the end; ValueError instead if
-        the loss of four examples is then not finite."""
-        optimizer, done = torch.optim.AdamW(model.parameters(), **ADAMW), 0
-        if stage in self.state:
-            done, weights, moments = self.state[stage]
-            model.load_state_dict(weights)
-            if moments:
-                optimizer.load_state_dict(moments)
-        lengths = [sum(map(len, example)) for example in examples]
-        watch, recent, began = torch.no_grad()(loss_of), [], time.perf_counter()
-        for step, metrics in fit(model, optimizer, lengths, loss_of, steps, peak, self.cfg, done):
-            due = step * 10 // steps > (step - 1) * 10 // steps  # ten times a stage
-            if due and len(held_out):
-                metrics |= {f"eval/{name}": x.mean().item() for name, x in watch(held_out).items()}
-            recent.append(metrics)
-            self.write(stage=stage, step=step, **metrics)
-            if step % self.cfg.save_every == 0 or step == steps:
-                if not watch(np.arange(min(4, len(examples))))["loss"].isfinite().all():
-                    raise ValueError(f"step {step}: the loss after it is not finite; is the "
-                                     "learning rate too high?")
-                moments = optimizer.state_dict() if step < steps else None
-                self.state[stage] = step, model.state_dict(), moments
-                save_checkpoint(self.path, self.state)
-            if due:
-                left = (time.perf_counter() - began) / (step - done) * (steps - step)
-                print_row(stage, step, steps, recent, left, first=len(recent) == step - done)
-                recent = []
-        optimizer.zero_grad()  # frees the gradients; the moments go with the optimizer
-
-    def write(self, **metrics):
-        """Add a line to metrics.jsonl. A figure that is not finite becomes null, as JSON wants."""
-        metrics = {name: value if isinstance(value, str) or math.isfinite(value) else None
-                   for name, value in metrics.items()}
-        self.state["metrics"].append(json.dumps(metrics) + "\n")
-        self.file.write(self.state["metrics"][-1])
-        self.file.flush()
-
-
-def print_row(stage, step, steps, recent, seconds_left, first):
-    """Print the mean metrics of recent steps; first, above them, what they are."""
-    row = {label: np.mean([metrics[name] for metrics in recent if name in metrics])
-           for name, label in COLUMNS.items() if name in recent[-1]}
-    if first:
-        print(f"\n{'step':>13}" + "".join(f"{label:>9}" for label in row) + " ETA")
-    figures = "".join(f"{mean:9.3f}" for mean in row.values())
-    print(f"{stage:4}{f'{step}/{steps}':>9}{figures}{seconds_left:3.0f}s", flush=True)
-
-
-def first_model(cfg):
-    """The model to start from, and its tokenizer. ValueError where --init is not what flags say."""
-    model = None if cfg.init is None else GPT.load(cfg.init)
-    name = cfg.tokenizer if cfg.data else "toy"
-    if name == "auto":
-        name = model.config.tokenizer if model else "gpt2"
-    tokenizer = data.get_tokenizer(name)
-    n = tokenizer.n_vocab
-    model = model or GPT(GPTConfig(n, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd, name))
-    has = model.config
-    if (has.tokenizer, has.vocab_size) != (name, n) or has.block_size < cfg.block_size:
-        raise ValueError(f"{cfg.init}: expected tokenizer {name}, {n} tokens and block_size "
-                         f"{cfg.block_size} or more, got {has}")
-    return model, tokenizer
-
-
-def main(arguments=None):
-    cfg = parse_config(arguments)
-    torch.manual_seed(cfg.seed)
-    texts = data.prompts() if cfg.data is None else data.read_jsonl(cfg.data)
-    sft, tokenizer = first_model(cfg)
-    if cfg.data:
-        pairs, test, counts = data.split_pairs(
-            texts, tokenizer, cfg.block_size, cfg.held_out, cfg.seed)
-        print("pairs:", *(f"{n:10,} {name}" for name, n in counts.items()), sep="\n")
-        corpus = [(x, chosen) for x, chosen, _ in pairs]
-        longest = cfg.block_size // 2  # no completion is longer
-        test_prompts = list(map(list, dict.fromkeys(tuple(x[-longest:]) for x, _, _ in test)))
-    else:
-        prompts, test = texts  # to train on and held out; test holds prompts, above pairs
-        reviews = data.corpus(prompts, cfg.n_reviews, np.random.default_rng((cfg.seed, 1)))
-        corpus = [data.encode(tokenizer, x, y) for x, y in reviews]
-        longest = data.MAX_NEW_TOKENS
-        test_prompts = [tokenizer.encode_ordinary(x) for x in test]
-    if sum(p.numel() for p in sft.parameters()) < 2**20:
-        torch.set_num_threads(1)  # several would wait for each other more than they compute
-    run = Run(cfg, sft, texts)
-    sft.to(cfg.device)
-
-    # 1. Supervised fine-tuning: maximum likelihood on what people write, or on what they preferred.
-    mean_length = np.mean([len(y) for _, y in corpus])
-
-    def sft_loss(batch):
-        logps = logps_of(sft, [corpus[i] for i in batch], cfg)[:, 0]  # (b,)
-        return {"loss": -logps / mean_length}  # in nats per token, on average
-
-    run.train("SFT", sft, corpus, sft_loss, cfg.sft_steps, cfg.sft_learning_rate)
-    sft.save(Path(cfg.out, "sft.pt"))
-
-    # 2. Preferences: from the file, or a simulated human picks one of two samples of that model.
-    if not cfg.data:
-        pairs = make_pairs(sft, prompts, cfg, tokenizer)
-
-    # 3. The reference is the SFT model. Its log-probabilities are constants: once is enough.
-    reference = sft.requires_grad_(False)  # the same object, frozen
-    scored = pairs + (test[:32] if cfg.data else [])  # with held-out pairs to watch in training
-    ref_logps = score(reference, scored, cfg)  # (n, 2)
-
-    # 4. DPO, on a copy.
-    policy = copy.deepcopy(reference).requires_grad_(True)
-
-    def dpo_metrics(batch):
-        policy_logps = logps_of(policy, [scored[i] for i in batch], cfg)  # (b, 2)
-        return pair_metrics(policy_logps, ref_logps[batch], cfg)
-
-    held_out = np.arange(len(pairs), len(scored))
-    run.train("DPO", policy, pairs, dpo_metrics, cfg.steps, cfg.learning_rate, held_out)
-    policy.save(Path(cfg.out, "dpo.pt"))
-
-    # 5. What came out, on held-out prompts: in the toy world, against the truth.
-    if test:
-        report = report_on_pairs if cfg.data else report_exactly
-        cfg32 = replace(cfg, dtype="float32")  # samples are drawn in it, so they are scored in it
-        began = time.perf_counter()
-        figures = report(reference, policy, test[:256], cfg32, tokenizer)
-        figures |= report_on_samples(
-            reference, policy, test_prompts[:32], longest, cfg32, tokenizer)
-        print(f"The report took {time.perf_counter() - began:.1f} s.")
-        run.write(**{f"report/{name}": value for name, value in figures.items()})
-
-
 if __name__ == "__main__":
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # python train.py | head ends quietly
-    warnings.simplefilter("ignore")  # what is wrong with a file is said in one line
-    if sys.stdout:
-        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 loses no report
+    sys.stdout.reconfigure(errors="replace")  # for a terminal without Greek letters
     try:
-        main()  # called from Python, it shows where an error arises
+        main()
     except KeyboardInterrupt:
-        print("\nstopped; --resume continues from the last state", file=sys.stderr)
+        print("\nstopped; --resume continues from the last saved state", file=sys.stderr)
         sys.exit(130)
-    except OSError as error:
-        fail(f"{error.filename}: {error.strerror.lower()}" if error.filename else error)
-    except (MemoryError, OverflowError, RuntimeError, ValueError) as error:
-        fail(str(error) or "out of memory")
+    except (OSError, FloatingPointError) as error:
+        fail(error)

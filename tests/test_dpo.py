@@ -1,4 +1,4 @@
-"""dpo.py against hand-sized examples and independent formulas."""
+"""dpo.py against examples by hand and independent formulas."""
 import ast
 import math
 import os
@@ -35,18 +35,18 @@ def test_f1_log_probabilities_loss_and_rewards():
     assert [loss, chosen_reward, rejected_reward] == pytest.approx([.685469, .080648, .065233], abs=1e-6)
 
 
-@pytest.mark.parametrize("mask, shift, wrong", [
+@pytest.mark.parametrize("mask, shift, value", [
     ([0, 1, 1, 1, 0, 0], 0, -4.605170), ([0, 0, 0, 1, 1, 0], 0, -1.742969), ([0, 0, 1, 1, 0, 0], 0, -2.995732),
     ([0, 0, 1, 1, 1, 1], 0, -5.654992), ([0, 1, 1, 1, 1, 0], 0, -4.961845), ([0, 0, 0, 1, 1, 1], 1, -5.991465)],
     ids=["mask shifted left", "first completion token dropped", "EOS not scored", "padding scored",
          "prompt scored", "logits of a token's own position"])
-def test_f1_tells_six_wrong_masks_and_shifts_apart(mask, shift, wrong):
-    """sequence_logps is given the faulty mask or shift; each fault gives its own number, none the right one."""
+def test_f1_value_of_each_wrong_mask(mask, shift, value):
+    """A wrong mask or shift gives its own value, computed by hand. The right value is -3.352407."""
     logps = sequence_logps(LOGITS[:1], TOKENS[:1].roll(shift), torch.tensor([mask]))
-    assert logps.item() == pytest.approx(wrong, abs=1e-6) and abs(wrong + 3.352407) > 0.3
+    assert logps.item() == pytest.approx(value, abs=1e-6)
 
 
-def test_f1_slips_of_the_loss_give_other_numbers():
+def test_f1_value_of_each_wrong_call_of_dpo_loss():
     """β twice .692377, reference forgotten .756651, swapped .700884, smoothing .1 .687011."""
     chosen, rejected = sequence_logps(LOGITS, TOKENS, MASK)
     _, chosen_reward, rejected_reward = f1_losses()
@@ -75,7 +75,7 @@ def with_h(h):
 
 
 def test_loss_goldens():
-    """β = 0.1, h = 0, 10, 20, beside an independent NumPy formula."""
+    """β = 0.1, h = 0, 10, 20, compared with an independent NumPy formula."""
     losses = dpo_loss(*with_h([0., 10., 20.]), 0.1)[0].numpy()
     assert losses == pytest.approx(np.log1p(np.exp(-0.1 * np.array([0, 10, 20]))), abs=1e-12)
     assert losses == pytest.approx([.69314718, .31326169, .12692801], abs=1e-8)
@@ -86,7 +86,7 @@ def test_loss_goldens():
     assert smoothed.numpy() == pytest.approx([.69314718, .41326169, .32692801], abs=1e-8)
 
 
-def test_gradient_golden_and_its_signs():
+def test_gradient_golden():
     """∂loss/∂(policy chosen, policy rejected, ref chosen, ref rejected) = (-, +, +, -) 0.165692."""
     four = torch.tensor([-3, -2, -2.5, -2.2], dtype=torch.float64)
     policy = four[:2].clone().requires_grad_()
@@ -105,7 +105,7 @@ def test_rewards_carry_beta_and_no_gradient():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_hopeless_pair_has_a_finite_loss_and_gradient(dtype):
+def test_extreme_margins_have_a_finite_loss_and_gradient(dtype):
     """log(sigmoid(-1000)) would be -inf; the loss is 1000, and its gradient has size β."""
     policy = torch.tensor([-1000.0], dtype=dtype, requires_grad=True)
     zero = torch.zeros(1, dtype=dtype)
@@ -120,7 +120,10 @@ def test_a_hopeless_pair_has_a_finite_loss_and_gradient(dtype):
     ({"beta": 0.0}, "expected a finite beta > 0, got 0.0"), ({"beta": -1.0}, "expected a finite beta > 0, got -1.0"),
     ({"beta": math.nan}, "expected a finite beta > 0, got nan"), ({"beta": math.inf}, "got inf"),
     ({"label_smoothing": 0.5}, "got 0.5"), ({"label_smoothing": -0.1}, "got -0.1"),
-    ({"ref_chosen_logps": torch.zeros(3, 1)}, r"\(3,\), \(3,\), \(3, 1\), \(3,\)")])
+    ({"policy_chosen_logps": torch.zeros(3, 1)}, r"got \(3, 1\), \(3,\), \(3,\), \(3,\)"),
+    ({"policy_rejected_logps": torch.zeros(1)}, r"got \(3,\), \(1,\), \(3,\), \(3,\)"),
+    ({"ref_chosen_logps": torch.zeros(3, 1)}, r"got \(3,\), \(3,\), \(3, 1\), \(3,\)"),
+    ({"ref_rejected_logps": torch.zeros(2)}, r"got \(3,\), \(3,\), \(3,\), \(2,\)")])
 def test_dpo_loss_refuses_bad_arguments(change, message):
     names = ("policy_chosen_logps", "policy_rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
     arguments = {name: torch.zeros(3) for name in names} | {"beta": 0.1} | change
@@ -129,29 +132,48 @@ def test_dpo_loss_refuses_bad_arguments(change, message):
 
 
 def test_sequence_logps_refuses_bad_arguments():
-    with pytest.raises(ValueError, match=r"got \(2, 5, 4\), \(2, 6\) and \(2, 6\)"):
+    with pytest.raises(ValueError, match=r"got \(2, 5, 4\) for tokens \(2, 6\) and 5 scored"):
         sequence_logps(LOGITS[:, :5], TOKENS, MASK)
-    with pytest.raises(ValueError, match=r"got \(2, 6, 4\), \(2, 6\) and \(2, 5\)"):
+    with pytest.raises(ValueError, match=r"got \(4, 4\) for tokens \(2, 6\) and 5 scored"):
+        sequence_logps(LOGITS[0, :4], TOKENS, MASK)
+    with pytest.raises(ValueError, match=r"tokens \(B, T\) and mask \(B, T\), got \(2, 6\) and \(2, 5\)"):
         sequence_logps(LOGITS, TOKENS, MASK[:, :5])
-    with pytest.raises(ValueError, match=r"expected logits \(B, T, V\)"):
+    with pytest.raises(ValueError, match=r"expected tokens \(B, T\)"):
         sequence_logps(LOGITS[None], TOKENS[None], MASK[None])
     empty = MASK.clone()
     empty[1] = False
-    with pytest.raises(ValueError, match="but a row has none"):
+    with pytest.raises(ValueError, match="the mask of a row has none"):
         sequence_logps(LOGITS, TOKENS, empty)
-    with pytest.raises(ValueError, match="but a row has none"):
+    with pytest.raises(ValueError, match="the mask of a row has none"):
         sequence_logps(LOGITS[:, :0], TOKENS[:, :0], MASK[:, :0])
 
 
-@pytest.mark.parametrize("mask", [torch.ones(2, 6), torch.ones(2, 6, dtype=torch.bool), ~MASK, TOKENS >= 0])
-def test_a_mask_that_scores_the_first_token_is_refused(mask):
-    """Nothing predicts it. An attention mask, Hugging Face's labels and an inverted mask are caught so."""
-    with pytest.raises(ValueError, match="expected mask False on each row's first token.*completion and its EOS"):
-        sequence_logps(LOGITS, TOKENS, mask)
+@pytest.mark.parametrize("row", [0, 1])
+@pytest.mark.parametrize("mask", [torch.ones(2, 6), ~MASK, TOKENS >= 0], ids=["attention mask", "inverted", "not padding"])
+def test_a_mask_that_scores_the_first_token_is_refused(mask, row):
+    """It is refused in any row, not only in the first one."""
+    one_wrong_row = MASK.clone()
+    one_wrong_row[row] = mask[row].bool()
+    with pytest.raises(ValueError, match="expected mask False on each row's first token.*the completion and its EOS"):
+        sequence_logps(LOGITS, TOKENS, one_wrong_row)
+
+
+def test_selected_logits_give_the_same_values_and_gradients_as_all_logits():
+    """(N, V) and (B, T, V), in float64 to 1e-12. The rows have different numbers of scored tokens."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 7, 11, generator=generator, dtype=torch.float64, requires_grad=True)
+    tokens = torch.randint(11, (3, 7), generator=generator)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 0, 0], [0, 1, 0, 0, 0, 0, 0], [0, 0, 0, 1, 0, 1, 1]]).bool()
+    weights = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)
+    everything = sequence_logps(logits, tokens, mask)
+    selected = sequence_logps(logits[:, :-1][mask[:, 1:]], tokens, mask)
+    assert torch.allclose(everything, selected, atol=1e-12, rtol=0)
+    gradients = [torch.autograd.grad((weights * x).sum(), logits)[0] for x in (everything, selected)]
+    assert torch.allclose(*gradients, atol=1e-12, rtol=0) and gradients[0].abs().max() > 0.1
 
 
 def test_a_reference_with_a_gradient_is_refused():
-    """And with it, in training, policy and reference swapped, and the order (pc, rc, pr, rr)."""
+    """This also catches, in training, a swapped policy and reference, and the order (pc, rc, pr, rr)."""
     policy, ref = torch.zeros(2, 3, requires_grad=True), torch.zeros(2, 3)
     assert dpo_loss(*policy, *ref, 0.1)[0].requires_grad
     for four in ([*policy, *policy], [*ref, *policy], [policy[0], ref[0], policy[1], ref[1]], [*policy, ref[0], policy[1]]):
@@ -174,7 +196,7 @@ def test_every_position_of_the_mask_scores_its_own_token():
 
 
 def test_minus_infinity_outside_the_mask_does_no_harm():
-    """-inf × 0 is nan; selecting is not. Neither value nor gradient may show the prompt's -inf."""
+    """-inf × 0 is nan, so the scored log-probabilities are selected. The prompt's -inf has no effect."""
     logits = LOGITS.clone()
     logits[:, 0, 1] = -math.inf  # the prompt's second token is impossible
     logits.requires_grad_()
@@ -201,8 +223,8 @@ def test_half_precision_logits_are_widened_before_softmax_and_sum(dtype, scale):
     assert logps.isfinite().all() and logits.grad.isfinite().all()
 
 
-def test_padding_and_company_change_no_log_probability():
-    """A row alone, without its padding, scores as in the batch: trimming cuts nothing scored."""
+def test_logps_do_not_depend_on_batch_or_padding():
+    """A row alone, without its padding, has the same value as in the batch."""
     together = sequence_logps(LOGITS, TOKENS, MASK)
     for b, end in ((0, 5), (1, 4)):
         alone = sequence_logps(LOGITS[b:b + 1, :end], TOKENS[b:b + 1, :end], MASK[b:b + 1, :end])
@@ -210,7 +232,7 @@ def test_padding_and_company_change_no_log_probability():
 
 
 def test_scoring_the_prompt_cancels_under_a_sum_but_not_under_a_mean():
-    """Both halves gain the same log π(x), policy and reference alike, so h keeps its value."""
+    """Both completions gain the same log π(x) under the policy, and under the reference, so h is unchanged."""
     whole = MASK | torch.tensor([0, 1, 0, 0, 0, 0]).bool()
     def h(mask, count):
         policy = sequence_logps(LOGITS, TOKENS, mask) / count
@@ -221,24 +243,24 @@ def test_scoring_the_prompt_cancels_under_a_sum_but_not_under_a_mean():
     assert abs(h(MASK, MASK.sum(1)) - h(whole, whole.sum(1))) > 0.01
 
 
-def test_metrics_are_the_fields_names_for_each_pair_and_a_tie_counts_half():
-    metrics = preference_metrics(torch.tensor([1., 2., 3., 4.]), torch.tensor([1., 0., 0., 2.]),
-                                 torch.tensor([0., 1., 0., 0.]), torch.tensor([-1., -2., -3., -4.]),
-                                 torch.tensor([-5., -6., -7., -8.]))
+def test_metrics_have_trls_names_and_a_tie_counts_half():
+    metrics = preference_metrics(torch.tensor([1., 0., 0., 2.]), torch.tensor([0., 1., 0., 0.]),
+                                 torch.tensor([-1., -2., -3., -4.]), torch.tensor([-5., -6., -7., -8.]))
     assert {name: value.tolist() for name, value in metrics.items()} == {
-        "loss": [1, 2, 3, 4], "rewards/chosen": [1, 0, 0, 2], "rewards/rejected": [0, 1, 0, 0],
+        "rewards/chosen": [1, 0, 0, 2], "rewards/rejected": [0, 1, 0, 0],
         "rewards/margins": [1, -1, 0, 2], "rewards/accuracies": [1, 0, 0.5, 1],
         "logps/chosen": [-1, -2, -3, -4], "logps/rejected": [-5, -6, -7, -8]}
 
 
-def test_of_the_metrics_the_loss_alone_carries_a_gradient():
+def test_metrics_have_no_gradient():
     policy, ref = torch.zeros(2, 3, requires_grad=True), torch.zeros(2, 3)
-    metrics = preference_metrics(*dpo_loss(*policy, *ref, 0.1), *policy)
-    assert [name for name, value in metrics.items() if value.requires_grad] == ["loss"]
+    losses, *rewards = dpo_loss(*policy, *ref, 0.1)
+    metrics = preference_metrics(*rewards, *policy)
+    assert losses.requires_grad and not any(values.requires_grad for values in metrics.values())
 
 
-def test_copying_the_one_file_is_enough(tmp_path):
-    """dpo.py imports torch alone, and works in a folder that holds nothing else."""
+def test_dpo_py_works_alone_in_another_folder(tmp_path):
+    """It imports torch and nothing else."""
     imported = {name.name.split(".")[0] for node in ast.walk(ast.parse(open(dpo.__file__).read()))
                 if isinstance(node, (ast.Import, ast.ImportFrom))
                 for name in ([ast.alias(node.module)] if isinstance(node, ast.ImportFrom) else node.names)}
