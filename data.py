@@ -8,7 +8,7 @@ three adjectives. Its true reward is the sum of the rewards of its words in that
     "Last night we saw a thriller:" " tense clever superb"    2 + 2 + 2 = 6
 
 There are 12 + 144 + 1,728 = 1,884 reviews per prompt. They can all be listed, so expectations,
-KL divergences and the optimal policy are exact. All malformed text together is outcome 1,885.
+the optimal policy and KL divergences from it are exact. All malformed text is outcome 1,885.
 """
 import hashlib
 import itertools
@@ -24,16 +24,16 @@ import torch
 import torch.nn.functional as F
 
 
-# Examples. prompt, completion, chosen and rejected are token ids; the last three end with EOS.
+# Examples. All fields are token ids. Completions end with EOS, unless a sample was cut off.
 Row = namedtuple("Row", ("prompt", "completion"))
 Pair = namedtuple("Pair", ("prompt", "chosen", "rejected"))
-# log π_ref(y|x) of both completions, in nats, are added to a pair once.
+# A ScoredPair adds log π_ref(y|x) of both completions, in nats.
 ScoredPair = namedtuple("ScoredPair", (*Pair._fields, "ref_chosen_logp", "ref_rejected_logp"))
 
 
 def length(example):
     """Tokens in the longest row of an example: the prompt and the longest completion."""
-    return len(example.prompt) + max(map(len, example[1:3]))
+    return len(example.prompt) + max(map(len, example[1:3]))  # completion, or chosen and rejected
 
 
 def get_tokenizer(name):
@@ -46,8 +46,8 @@ def get_tokenizer(name):
 
 
 def encode(tokenizer, prompt, completion):
-    """Text to ids: a Row. EOS ends the completion. Prompt and completion are encoded separately,
-    because one token could otherwise span both."""
+    """Text to ids: a Row. EOS ends the completion. Prompt and completion are encoded separately.
+    Otherwise one token could span both."""
     ids = tokenizer.encode_ordinary  # it does not turn the text "<|endoftext|>" into EOS
     return Row(ids(prompt), ids(completion) + [tokenizer.eot_token])
 
@@ -96,7 +96,7 @@ def batches(examples, batch_size, seed):
 
 
 KEYS = ("prompt", "chosen", "rejected")
-OTHER_FORMATS = {  # their first bytes, and what to do
+OTHER_FORMATS = {  # first bytes of other files, and what to do
     b"[": "a JSON array; write one object per line, as the README shows",
     b"\x1f\x8b": "compressed by gzip; unpack it first", b"PK": "a zip archive; unpack it first",
     b"\xff\xfe": "UTF-16; save it as UTF-8", b"\xfe\xff": "UTF-16; save it as UTF-8",
@@ -141,53 +141,61 @@ def read_jsonl(path):
 
 
 def encode_pairs(texts, tokenizer, block_size):
-    """[Pair of int32 arrays], {what happened: number of pairs} and a checksum, from an iterable of
-    [prompt, chosen, rejected]. A pair is dropped if a text is empty, if its completions are
-    identical, or if one is longer than half of block_size. A prompt that is too long is cut."""
-    pairs, sizes, seen, checksum, counts = [], [], set(), 0, Counter()
+    """Encode an iterable of [prompt, chosen, rejected]. Returns [Pair of int32 arrays],
+    {what happened: number of pairs} and a checksum of the texts.
+
+    A pair is dropped if a text is blank, if its completions are identical, or if one of them is
+    longer than half of block_size. A prompt that is too long loses its first tokens.
+    """
+    pairs, needed, seen, checksum, counts = [], [], set(), 0, Counter()
     limit = 64 * block_size  # characters. It bounds the time that a very long text takes.
     for x, y_w, y_l in texts:
         checksum = zlib.crc32(json.dumps([x, y_w, y_l]).encode(), checksum)
         counts["in the file"] += 1
         if not (x.strip() and y_w.strip() and y_l.strip()):
-            counts["dropped: a text is empty"] += 1
+            counts["dropped: a text is blank"] += 1
         elif y_w == y_l:
             counts["dropped: the completions are identical"] += 1
         else:
             prompt, chosen = encode(tokenizer, x[-limit:], y_w[:limit])
             rejected = encode(tokenizer, "", y_l[:limit]).completion
-            room = block_size - max(len(chosen), len(rejected))  # for the prompt
-            too_long = max(len(y_w), len(y_l)) > limit
-            sizes.append(math.inf if too_long else 2 * (block_size - room))
-            if sizes[-1] <= block_size:
-                ids = (prompt[-room:], chosen, rejected)
+            longest = max(len(chosen), len(rejected))
+            # The block_size that this pair needs; an estimate if a text was cut at the limit.
+            needed.append(2 * longest * max(1, len(y_w) / limit, len(y_l) / limit))
+            if needed[-1] <= block_size:
+                ids = (prompt[longest - block_size:], chosen, rejected)
                 pairs.append(Pair(*(np.array(part, np.int32) for part in ids)))
-                counts["with a prompt that lost its first tokens"] += len(prompt) > room
+                cut = len(prompt) + longest > block_size
+                counts["with a prompt that lost its first tokens"] += cut
                 counts["repeat an earlier pair"] += hash((x, y_w, y_l)) in seen
                 counts["contradict an earlier pair"] += hash((x, y_l, y_w)) in seen
-                seen.add(hash((x, y_w, y_l)))
-    if len(sizes) > len(pairs):
-        shares = {2**k: np.mean(np.array(sizes) <= 2**k) for k in range(5, 14)}
-        size = next((size for size, share in shares.items() if share > 0.95), 2**13)
-        counts[f"dropped: a completion is longer than half of --block_size {block_size} "
-               f"(--block_size {size} keeps {shares[size]:.0%})"] = len(sizes) - len(pairs)
-    return pairs, dict(+counts), checksum
+                seen.add(hash((x, y_w, y_l)))  # a hash needs less memory than the texts
+    if len(needed) > len(pairs):
+        text = f"dropped: a completion is longer than half of --block_size {block_size}"
+        for size in (2**k for k in range(6, 14) if 2**k > block_size):
+            share = np.mean(np.array(needed) <= size)
+            if share > 0.95 or size == 2**13:
+                text += f" (--block_size {size} keeps {share:.0%})"
+                break
+        counts[text] = len(needed) - len(pairs)
+    return pairs, dict(+counts), checksum  # + removes zeros
 
 
 def split_pairs(pairs, fraction, block_size, seed):
     """Hold out a fraction of the prompts, with all of their pairs: (training, held-out pairs).
 
-    A hash of the prompt and the seed chooses: at least one of two or more prompts, never all.
-    Prompts with the same last block_size // 2 tokens count as one, because a cut keeps only these.
+    A hash of the prompt and the seed chooses them. If fraction > 0, it is at least one of two or
+    more prompts, never all. Prompts with the same last block_size // 2 tokens count as one, since
+    a cut may keep only these.
     """
     keys = [f"{seed} {pair.prompt[-(block_size // 2):].tolist()}" for pair in pairs]
     digests = [hashlib.sha256(key.encode()).digest() for key in keys]
     prompts = sorted(set(digests))
-    n = round(fraction * len(prompts)) or math.ceil(fraction)
+    n = round(fraction * len(prompts)) or math.ceil(fraction)  # at least 1, unless fraction is 0
     held_out = set(prompts[:min(n, len(prompts) - 1)])
     training = [pair for pair, digest in zip(pairs, digests) if digest not in held_out]
     rest = sorted((digest, i) for i, digest in enumerate(digests) if digest in held_out)
-    return training, [pairs[i] for _, i in rest]  # in random order, unlike the file
+    return training, [pairs[i] for _, i in rest]  # sorted by the hash, so in random order
 
 
 # The toy task
@@ -200,7 +208,7 @@ WORD_REWARDS = {  # in each of the genres above
     "silly": (1, -2, -1, -1), "dull": (-1, -1, -1, -1), "awful": (-2, -2, -2, -2)}
 MALFORMED = -7  # reward of malformed text; the lowest of a review is -6, " awful awful awful"
 MAX_NEW_TOKENS = 4  # three words and EOS
-TYPICAL = {  # words that are three times as frequent in the corpus as the others, good or bad
+TYPICAL = {  # words that are three times as frequent in the corpus as each other word
     "comedy": ("funny", "silly", "dull"), "thriller": ("tense", "loud", "slow"),
     "romance": ("tender", "silly", "slow"), "documentary": ("honest", "slow", "dull")}
 LENGTHS = (0.2, 0.3, 0.5)  # fractions of the corpus with one, two and three words
@@ -217,8 +225,8 @@ FIGURES = {  # keys of exact_figures, with their labels in the report
 
 
 def prompts():
-    """All prompts: (80 to train on, 20 held out). Training has the opening and the verb of each
-    held-out prompt, but never both together."""
+    """All prompts: (80 to train on, 20 held out). No training prompt has the opening and the verb
+    of a held-out prompt together."""
     every = [(i == j, f"{opening} {verb} {genre}:") for i, opening in enumerate(OPENINGS)
              for j, verb in enumerate(VERBS) for genre in GENRES]
     return [x for held_out, x in every if not held_out], [x for held_out, x in every if held_out]
@@ -250,7 +258,7 @@ def reward(prompt, completion):
 
 
 def prefers_first(first_rewards, second_rewards, rng):
-    """A simulated annotator (Bradley-Terry, Eq. 1): True with probability σ(r_1 - r_2). (n,)"""
+    """A simulated annotator (Bradley-Terry, Eq. 1): (n,), True with probability σ(r_1 - r_2)."""
     gap = np.asarray(first_rewards) - np.asarray(second_rewards)
     return rng.random(gap.shape) < 1 / (1 + np.exp(-gap))
 
@@ -278,8 +286,8 @@ def exact_figures(logps, ref_logps, rewards, beta):
 
 
 def pair_figures(logps, ref_logps, rewards, beta):
-    """What DPO would log over infinitely many pairs, whose completions are two different samples
-    from π_ref with Bradley-Terry labels. All arguments (X, K)."""
+    """What DPO without label smoothing would log over infinitely many pairs of two different
+    outcomes, sampled from π_ref, with Bradley-Terry labels. All arguments (X, K)."""
     sums = Counter()
     changes = logps - ref_logps
     for ref, change, r in zip(ref_logps.exp().float(), changes.float(), rewards.float()):
@@ -298,7 +306,7 @@ def pair_figures(logps, ref_logps, rewards, beta):
 
 def toy_tokenizer():
     """A tiktoken.Encoding that needs no download. Ids 0 to 255 are the bytes, so it encodes any
-    text. Then comes an id for each word of the toy task, and last EOS, its eot_token."""
+    text. The next ids are the words of the toy task. The last id is EOS, its eot_token."""
     text = " ".join(OPENINGS + VERBS + GENRES + tuple(WORD_REWARDS)).split()
     words = sorted({" " + word for word in text} | {opening.split()[0] for opening in OPENINGS})
     vocabulary = [bytes([i]) for i in range(256)] + [word.encode() for word in words]

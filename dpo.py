@@ -4,7 +4,7 @@
 
 You can copy this file into your project. It needs torch and nothing else.
 
-    logps = sequence_logps(model(tokens), tokens, mask)  # for the policy and for the reference
+    logps = sequence_logps(model(tokens), tokens, mask)  # chosen, rejected; policy, reference
     losses, chosen_rewards, rejected_rewards = dpo_loss(policy_chosen_logps, policy_rejected_logps,
                                                         ref_chosen_logps, ref_rejected_logps, beta)
     losses.mean().backward()
@@ -21,37 +21,37 @@ import torch.nn.functional as F
 def sequence_logps(logits, tokens, mask):
     """Log-probability of each row's scored tokens: log π(y|x) = Σ_t log π(y_t | x, y_<t).
 
-    logits (B, T, V)  the model's output for tokens: not shifted, no softmax
-           (N, V)     or only the logits that predict the N scored tokens, in row-major order:
+    logits (B, T, V)  the model's output for tokens. Do not shift it; do not apply softmax.
+           (N, V)     or only the logits that predict the N scored tokens:
                       logits[:, :-1][mask[:, 1:]]
     tokens (B, T)     ids of the model's input: prompt, completion, EOS, then padding
     mask   (B, T)     True on the completion and its EOS, False on the prompt and on padding.
                       Build it from lengths, because EOS and padding may have the same id.
     returns (B,)      nats, ≤ 0; float32, or float64 if the logits are float64
-    raises ValueError if the shapes differ, the mask scores a row's first token, or a row has no
-                      scored token
+    raises ValueError if the shapes differ, or if the mask of a row is True on its first token or
+                      nowhere
 
     This is a sum, by the chain rule. Under a mean, β would become β/|y| for a completion of |y|
     tokens. Worked value: logits log [[.1 .9] [.3 .7] [.5 .5]], tokens [0 1 0], mask [0 1 1]:
     log .9 + log .3 = -1.309333.
     """
     mask = mask.bool()
-    shapes = tuple(logits.shape), tuple(tokens.shape), tuple(mask.shape)
-    if tokens.dim() != 2 or shapes[1] != shapes[2]:
-        raise ValueError("expected tokens (B, T) and mask (B, T), got {1} and {2}".format(*shapes))
+    shape = tuple(tokens.shape)
+    if len(shape) != 2 or mask.shape != shape:
+        raise ValueError(f"expected tokens and mask (B, T), got {shape} and {tuple(mask.shape)}")
     if mask[:, :1].any():
-        raise ValueError("expected mask False on each row's first token, because nothing predicts "
-                         "it: the mask is True on the completion and its EOS, not on the prompt")
+        raise ValueError("expected mask False on each row's first token, which no logits predict. "
+                         "Set it True only on the completion and its EOS")
     scored = mask[:, 1:]  # (B, T-1): the logits at position t predict token t + 1
     if not scored.any(-1).all():
         raise ValueError("expected a scored token in every row, but the mask of a row has none")
     targets = tokens[:, 1:][scored]  # (N,)
     if logits.shape[:-1] == tokens.shape:
-        logits = logits[:, :-1][scored]  # (N, V): selecting before the softmax saves time
+        logits = logits[:, :-1][scored]  # (N, V): the softmax of the others would be wasted
     if logits.dim() != 2 or len(logits) != len(targets):
-        raise ValueError("expected logits (B, T, V) or (N, V), got {0} for tokens {1} and {3} "
-                         "scored tokens".format(*shapes, len(targets)))
-    # A sum of many log-probabilities in bfloat16 would be wrong by nats.
+        raise ValueError(f"expected logits (B, T, V) or (N, V), got {tuple(logits.shape)} for "
+                         f"tokens {shape} with {len(targets)} scored")
+    # In bfloat16, a sum of many log-probabilities would be wrong by nats.
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     token_logps = logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)  # (N,)
     rows = token_logps.new_zeros(scored.shape)
@@ -94,7 +94,7 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_r
         raise ValueError(f"expected label_smoothing in [0, 0.5), got {label_smoothing}")
     chosen_rewards = beta * (policy_chosen_logps - ref_chosen_logps)
     rejected_rewards = beta * (policy_rejected_logps - ref_rejected_logps)
-    margins = chosen_rewards - rejected_rewards  # β log Z(x) is missing in both and would cancel
+    margins = chosen_rewards - rejected_rewards  # both omit β log Z(x), which cancels
     losses = -F.logsigmoid(margins)
     if label_smoothing:
         losses = (1 - label_smoothing) * losses - label_smoothing * F.logsigmoid(-margins)
@@ -107,7 +107,7 @@ def preference_metrics(chosen_rewards, rejected_rewards, chosen_logps, rejected_
     metrics = {
         "rewards/chosen": chosen_rewards,  # implicit rewards: β times nats
         "rewards/rejected": rejected_rewards,
-        "rewards/accuracies": (margins.sign() + 1) / 2,  # a tie counts ½: before training, about ½
+        "rewards/accuracies": (margins.sign() + 1) / 2,  # a tie counts ½
         "rewards/margins": margins,
         "logps/chosen": chosen_logps,  # nats. Both may fall while the margin grows.
         "logps/rejected": rejected_logps,
@@ -116,15 +116,15 @@ def preference_metrics(chosen_rewards, rejected_rewards, chosen_logps, rejected_
 
 
 def optimal_logps(ref_logps, rewards, beta):
-    """The policy that maximises the objective of RLHF, E[r] - β KL(π‖π_ref) (Eq. 3). It is Eq. 4:
+    """Eq. 4: the policy that maximises the objective of RLHF, E[r] - β KL(π‖π_ref) (Eq. 3).
 
         log π*(y|x) = log π_ref(y|x) + r(x, y)/β - log Z(x),   Z(x) = Σ_y π_ref(y|x) exp(r(x, y)/β)
 
     ref_logps, rewards (..., K)  of all K completions of a prompt; beta > 0
     returns (..., K)             nats; log_softmax subtracts log Z(x)
 
-    The expected DPO loss has the same optimum if the pairs cover all completions, the labels are
-    Bradley-Terry with rewards r (Eq. 1), and label_smoothing is 0.
+    The expected DPO loss has the same optimum. This needs pairs that cover all completions,
+    Bradley-Terry labels with rewards r (Eq. 1), and label_smoothing 0.
     Worked value: π_ref (½, ½), rewards (ln 3, 0), β = 1: π* = (¾, ¼).
     """
     return torch.log_softmax(ref_logps + rewards / beta, dim=-1)

@@ -3,7 +3,7 @@
 """GPT-2's network (Radford et al. 2019): tokens in, logits out; sampling; weights on disk.
 
 B rows, T tokens, C channels, nh heads of size hs, V vocabulary, N scored positions.
-There is no dropout: with dropout in the policy alone, the DPO loss would not start at ln 2.
+There is no dropout. Dropout in the policy alone would move the first DPO loss away from ln 2.
 """
 import json
 import math
@@ -17,9 +17,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # in GPT-2's published files
+TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # (in, out) in GPT-2's files
 GPT2_HEADS = {768: 12, 1024: 16, 1280: 20, 1600: 25}  # of the published models, by channels
-GPT2_NETWORK = {  # fields of config.json that change the network, with the values of this one
+GPT2_NETWORK = {  # fields of config.json that change the network, and supported values
     "model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "layer_norm_epsilon": (1e-5,), "tie_word_embeddings": (True,), "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)}
@@ -35,7 +35,7 @@ class GPTConfig:
     tokenizer: str = ""  # name of the tokenizer that made the ids
 
     def __post_init__(self):
-        if self.n_head < 1 or self.n_embd % self.n_head:
+        if not isinstance(self.n_head, int) or self.n_head < 1 or self.n_embd % self.n_head:
             raise ValueError(f"expected n_head to divide n_embd = {self.n_embd}, got {self.n_head}")
 
 
@@ -54,13 +54,13 @@ class Attention(nn.Module):
         q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
-        if cache is not None:  # {layer: keys and values of all tokens so far}
+        if cache is not None:  # {this module: keys and values of all tokens so far}
             if self in cache:
                 k = torch.cat([cache[self][0], k], dim=2)
                 v = torch.cat([cache[self][1], v], dim=2)
             cache[self] = k, v
-        # After cached tokens comes one new token, and it attends to all of them.
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T == k.shape[2])
+        # With earlier tokens in the cache, T is 1, and the new token attends to all tokens.
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=(T == k.shape[2]))
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -94,14 +94,14 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
-            elif name.endswith("c_proj.weight"):  # the residual stream adds up 2 n_layer of these
+            elif name.endswith("c_proj.weight"):  # the residual stream is a sum of 2 n_layer
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
             elif "ln_" not in name:
                 nn.init.normal_(p, std=0.02)
 
     def hidden(self, tokens, start=0, cache=None):
-        """tokens (B, T) at positions from start on -> activations of the last layer (B, T, C).
-        cache holds keys and values. It is {} at first; afterwards T must be 1."""
+        """tokens (B, T) at positions from start on -> activations after the last norm (B, T, C).
+        cache is {} at first and collects keys and values. In later calls T must be 1."""
         end = start + tokens.shape[1]
         if end > self.config.block_size:
             raise ValueError(f"expected at most {self.config.block_size} tokens, got {end}")
@@ -122,9 +122,9 @@ class GPT(nn.Module):
     def sample(self, prompts, max_new_tokens, temperature, eos, generator=None):
         """One completion y ~ π(·|x) per prompt, as lists of ids, up to EOS or max_new_tokens.
 
-        Temperature 1 samples from the model, 0 takes the most likely token. A generator must be on
+        Temperature 1 samples from the model; 0 picks the most likely token. A generator must be on
         the model's device. Raises ValueError if a prompt is empty or too long, or if the
-        temperature is negative, not finite, or so small that logits / temperature overflows.
+        temperature is neither 0 nor finite and at least 1e-6.
         """
         lengths = [len(prompt) for prompt in prompts]
         shortest, longest = min(lengths), max(lengths)
@@ -138,7 +138,7 @@ class GPT(nn.Module):
         padded = torch.tensor([[*x, *[0] * (longest - len(x))] for x in prompts], device=device)
         length = torch.tensor(lengths, device=device)  # (B,)
         ended = torch.zeros_like(length, dtype=torch.bool)
-        tokens, start, cache = padded[:, :shortest], 0, {}
+        tokens, start, cache = padded[:, :shortest], 0, {}  # tokens from start on are not cached
         while not ended.all():  # all rows advance together
             hidden = self.hidden(tokens[:, start:], start, cache)[:, -1]  # (B, C)
             logits = F.linear(hidden, self.wte.weight).float()  # (B, V)
@@ -147,17 +147,18 @@ class GPT(nn.Module):
             else:
                 new = (logits / temperature).softmax(-1).multinomial(1, generator=generator)[:, 0]
             start = tokens.shape[1]  # position of the new token
-            if start < longest:  # inside a longer prompt, its own token replaces the sampled one
+            if start < longest:  # a longer prompt continues with its own token
                 new = torch.where(start < length, padded[:, start], new)
             tokens = torch.cat([tokens, new[:, None]], dim=1)
-            ended |= (start >= length) & (new == eos) | (start + 1 == length + max_new_tokens)
+            ended |= (start >= length) & (new == eos)
+            ended |= start + 1 == length + max_new_tokens
         completions = [row[n:n + max_new_tokens] for row, n in zip(tokens.tolist(), lengths)]
         return [y[:y.index(eos) + 1] if eos in y else y for y in completions]
 
     @classmethod
     def from_gpt2(cls, weights, n_head=None, tokenizer="gpt2"):
         """A GPT from weights in GPT-2's published layout, {name: tensor}; n_head is not in them.
-        Raises ValueError that names the first tensor that does not fit."""
+        Raises a ValueError that names the first tensor that does not fit."""
         masks = (".attn.bias", ".attn.masked_bias")  # old files contain the causal masks
         weights = {name.removeprefix("transformer."): w.T if name.endswith(TRANSPOSED) else w
                    for name, w in weights.items() if not name.endswith(masks)}
@@ -173,7 +174,7 @@ class GPT(nn.Module):
         if n_head is None:
             raise ValueError(f"n_head is not stored in weights with {C} channels: put the model's "
                              "config.json in the same folder, or give n_head")
-        model = cls(GPTConfig(V, T, n_layer, int(n_head), C, tokenizer))
+        model = cls(GPTConfig(V, T, n_layer, n_head, C, tokenizer))
         expected = model.state_dict()
         for name in expected | weights:
             shapes = [tuple(w[name].shape) if name in w else None for w in (expected, weights)]
@@ -191,16 +192,19 @@ class GPT(nn.Module):
 
     @classmethod
     def load(cls, path, n_head=None):
-        """A GPT from a file of save or from GPT-2's pytorch_model.bin. The latter needs config.json
-        in the same folder, a published width, or n_head. Raises ValueError or OSError."""
-        saved = load_checkpoint(path)
-        if "weights" not in saved:
-            config = Path(path).with_name("config.json")
-            n_head = read_n_head(config) if config.exists() else n_head
-            saved = {"weights": saved, "n_head": n_head, "tokenizer": "gpt2"}
+        """A GPT from a file that save wrote, or from GPT-2's pytorch_model.bin. The latter needs
+        config.json beside it, a published width, or n_head. Raises ValueError or OSError."""
+        weights, tokenizer = load_checkpoint(path), "gpt2"
+        if "weights" in weights:  # save wrote this file
+            n_head, tokenizer = weights.get("n_head"), weights.get("tokenizer")
+            weights = weights["weights"]
+        elif (config := Path(path).with_name("config.json")).exists():
+            n_head = read_n_head(config)
+        if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
+            raise ValueError(f"{path}: not the weights of a GPT")
         try:
-            return cls.from_gpt2(**saved)
-        except (AttributeError, TypeError, ValueError) as error:
+            return cls.from_gpt2(weights, n_head, tokenizer)
+        except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
     def save(self, path):
@@ -233,13 +237,13 @@ def load_checkpoint(path):
             saved = torch.load(file, map_location="cpu", weights_only=True)
             return saved if isinstance(saved, dict) else {}
         except Exception:  # torch.load raises many types for a damaged file
-            raise ValueError(f"{path}: not a checkpoint, damaged, or larger than memory") from None
+            raise ValueError(f"{path}: not a checkpoint of tensors, damaged or too large") from None
 
 
 def save_checkpoint(path, content):
     """torch.save to a temporary file that replaces path. If it fails, the old file stays whole."""
     try:
         torch.save(content, f"{path}.tmp")
-    except RuntimeError as error:  # what torch.save raises if the disk is full
+    except RuntimeError as error:  # torch.save raises it if the disk is full
         raise OSError(f"{path} cannot be written; is the disk full? {error}") from None
     os.replace(f"{path}.tmp", path)

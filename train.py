@@ -16,7 +16,6 @@ import json
 import math
 import sys
 import time
-import zlib
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from data import Pair, Row, ScoredPair
 from dpo import dpo_loss, optimal_logps, preference_metrics, sequence_logps
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 
-MAX_TOKENS = 4096  # in a batch that needs no gradient
+MAX_TOKENS = 4096  # about as many are in a batch that needs no gradient
 EVALUATED = 256  # held-out pairs that are evaluated, during DPO and in the report
 FILES = ("state.pt", "metrics.jsonl", "sft.pt", "dpo.pt")  # of a run, in --out
 COLUMNS = {  # printed metrics, with their labels; SFT has only a loss
@@ -38,7 +37,7 @@ COLUMNS = {  # printed metrics, with their labels; SFT has only a loss
 
 
 def main(arguments=None):
-    try:  # Read and check everything that you provide. All other errors keep their traceback.
+    try:  # Everything that you provide is read here. Its errors are one line, without traceback.
         cfg = parse_settings(arguments)
         model = None if cfg.init is None else load_model(cfg)
         task = ToyTask(cfg) if cfg.data is None else FileTask(cfg)
@@ -58,15 +57,15 @@ def main(arguments=None):
     pairs, held_out_pairs = task.pairs(sft)
     print_pairs(pairs[:2], task.tokenizer)
 
-    # 3. The reference: the SFT model, frozen. It scores every pair once.
+    # 3. The reference is the SFT model, now frozen. It scores every pair once.
     reference = sft.requires_grad_(False)
     scored_pairs = score_pairs(reference, pairs, cfg)
-    held_out_pairs = score_pairs(reference, held_out_pairs[:EVALUATED], cfg)
+    scored_held_out_pairs = score_pairs(reference, held_out_pairs[:EVALUATED], cfg)
 
     # 4. DPO: the policy is a copy of the reference. Its objective uses β = cfg.beta.
     policy = copy.deepcopy(reference).requires_grad_(True)
     run_stage(run, "DPO", policy, scored_pairs, dpo_objective,
-              steps=cfg.steps, peak=cfg.learning_rate, held_out_pairs=held_out_pairs)
+              steps=cfg.steps, peak=cfg.learning_rate, held_out_pairs=scored_held_out_pairs)
     policy.save(run.out / "dpo.pt")
 
     # 5. The report, on held-out prompts.
@@ -75,7 +74,8 @@ def main(arguments=None):
 
 
 def completion_logps(model, rows, cfg):
-    """log π(y|x) of a batch of rows: (B,), nats, float32. Only matrix products run in cfg.dtype."""
+    """log π(y|x) of a batch of rows: (B,), nats. The network runs under autocast to cfg.dtype; the
+    log-softmax and the sum are in float32."""
     tokens, mask = data.collate(rows, cfg.device)
     with torch.autocast(cfg.device, getattr(torch, cfg.dtype), enabled=cfg.dtype != "float32"):
         return sequence_logps(model(tokens, scored=mask), tokens, mask)
@@ -98,13 +98,14 @@ def score(model, rows, cfg):
 
 
 def sft_objective(model, rows, cfg, mean_length):
-    """Losses (B,): -log π(y|x) in nats per token, and no metrics. mean_length is the mean of the
-    whole corpus. A constant gives the same weight to each token, in every micro-batch."""
+    """Losses (B,): -log π(y|x) / mean_length, and no metrics. mean_length is that of the corpus, so
+    the mean loss is in nats per token. A constant weights all tokens equally."""
     return -completion_logps(model, rows, cfg) / mean_length, {}
 
 
 def dpo_objective(policy, pairs, cfg, logps_of=completion_logps):
-    """Losses (B,) and metrics {name: (B,)} of a batch of ScoredPairs."""
+    """Losses (B,) and metrics {name: (B,)} of a batch of ScoredPairs. logps_of computes log π(y|x):
+    completion_logps for training, score for many pairs without gradient."""
     rows = [Row(p.prompt, p.chosen) for p in pairs] + [Row(p.prompt, p.rejected) for p in pairs]
     policy_chosen_logps, policy_rejected_logps = logps_of(policy, rows, cfg).chunk(2)
     ref_chosen_logps = policy_chosen_logps.new_tensor([p.ref_chosen_logp for p in pairs])
@@ -132,10 +133,10 @@ def evaluate(policy, pairs, cfg):
 def fit(model, optimizer, batches, objective, steps, peak, cfg, done=0):
     """The training loop, a generator: yields (step, means of the batch {name: number}).
 
-    batches    iterator of lists of examples; each is split into cfg.grad_accum micro-batches
+    batches    iterator of lists of examples; each is split into up to cfg.grad_accum micro-batches
     objective  (model, examples, cfg) -> losses (B,), metrics {name: (B,)}
-    steps      number of steps of the stage, of which done are not run again
-    raises FloatingPointError if a loss or gradient is not finite, before it changes the weights
+    steps      of the whole stage; done of them were finished by an earlier run
+    raises FloatingPointError if a loss or gradient is not finite; the weights are then unchanged
     """
     for step in range(done + 1, steps + 1):
         batch = next(batches)
@@ -148,7 +149,7 @@ def fit(model, optimizer, batches, objective, steps, peak, cfg, done=0):
             (losses.sum() / len(batch)).backward()  # for one micro-batch: losses.mean().backward()
             for name, values in {"loss": losses.detach(), **metrics}.items():
                 sums[name] += values.sum()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # one batch moves it little
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # it limits outliers
         means = {name: (total / len(batch)).item() for name, total in sums.items()}
         if not (math.isfinite(means["loss"]) and norm.isfinite()):
             raise FloatingPointError(f"step {step}: loss {means['loss']}, norm of the gradient "
@@ -166,18 +167,18 @@ def warmup_cosine(step, steps, peak):
 
 
 def run_stage(run, stage, model, examples, objective, steps, peak, held_out_pairs):
-    """Run the rest of a stage: log each step, save every cfg.save_every steps, and ten times
-    evaluate held_out_pairs and print the means since the last time."""
+    """Run the rest of a stage. Log each step, and save every cfg.save_every steps. After each tenth
+    of the steps, evaluate held_out_pairs and print the means of the tenth."""
     cfg = run.cfg
-    # The paper uses RMSprop. Weight decay is off: it would pull to 0, not to the reference.
+    # The paper uses RMSprop. Weight decay would pull the weights to 0, not to the reference.
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0, fused=True)
     done = run.restore(stage, model, optimizer)
-    batches = itertools.islice(data.batches(examples, cfg.batch_size, cfg.seed), done, None)
-    labels = {name: label for name, label in COLUMNS.items() if stage == "DPO" or name == "loss"}
-    if not held_out_pairs:
-        labels = {name: label for name, label in labels.items() if "eval/" not in name}
+    batches = data.batches(examples, cfg.batch_size, cfg.seed)
+    batches = itertools.islice(batches, done, None)  # without those that an earlier run used
+    names = [name for name in COLUMNS if name == "loss" or stage == "DPO"]
+    names = [name for name in names if held_out_pairs or "eval/" not in name]
     if done < steps:
-        print(f"\n{'step':>13}", *(f"{label:>8}" for label in labels.values()), "ETA")
+        print(f"\n{'step':>13}", *(f"{COLUMNS[name]:>8}" for name in names), "ETA")
     recent, began = [], time.perf_counter()
     for step, metrics in fit(model, optimizer, batches, objective, steps, peak, cfg, done):
         is_tenth = 10 * step // steps > 10 * (step - 1) // steps
@@ -187,7 +188,7 @@ def run_stage(run, stage, model, examples, objective, steps, peak, held_out_pair
         run.log(stage=stage, step=step, **metrics)
         recent.append(metrics)
         if is_tenth:
-            means = [np.mean([row[name] for row in recent if name in row]) for name in labels]
+            means = [np.mean([row[name] for row in recent if name in row]) for name in names]
             left = (time.perf_counter() - began) / (step - done) * (steps - step)
             eta = f"{left:.0f}s" if left < 100 else f"{left / 60:.0f}m"
             cells = [f"{mean:8.3f}" if abs(mean) < 1000 else f"{mean:8.1e}" for mean in means]
@@ -199,14 +200,14 @@ def run_stage(run, stage, model, examples, objective, steps, peak, held_out_pair
 
 
 class Run:
-    """The folder --out. Its state.pt is what --resume needs. That is no random state, because data,
-    labels, samples and batches follow from the seed."""
+    """The folder --out. --resume needs its state.pt, which holds no random state: data, labels,
+    samples and batches follow from the seed."""
 
     def __init__(self, cfg, checksum):
-        """Open a new folder or, with --resume, an earlier one. Raises ValueError and OSError."""
+        """Open a new folder or, with --resume, an earlier run's. Raises ValueError or OSError."""
         self.cfg, self.out = cfg, Path(cfg.out)
         state, metrics = self.out / "state.pt", self.out / "metrics.jsonl"
-        may_differ = ("data", "out", "device", "save_every", "resume")
+        may_differ = ("data", "out", "save_every", "resume")
         settings = {name: x for name, x in asdict(cfg).items() if name not in may_differ}
         settings["checksum of all texts"] = checksum
         if cfg.resume:
@@ -245,7 +246,7 @@ class Run:
         save_checkpoint(self.out / "state.pt", self.state)
 
     def log(self, **row):
-        """Append a line to metrics.jsonl. A number that is not finite becomes null, as in JSON."""
+        """Append a line to metrics.jsonl. JSON has no NaN: a number that is not finite is null."""
         row = {key: x if isinstance(x, str) or math.isfinite(x) else None for key, x in row.items()}
         self.metrics.write(json.dumps(row).encode() + b"\n")
         self.metrics.flush()
@@ -259,12 +260,12 @@ class ToyTask:
             raise ValueError("the toy task needs the tokenizer toy; give your pairs with --data")
         self.cfg, self.tokenizer = cfg, data.toy_tokenizer()
         self.prompts, self.held_out_prompts = data.prompts()
-        rng = np.random.default_rng((cfg.seed, 1))
-        self.reviews = data.corpus(self.prompts, cfg.n_reviews, rng)
-        self.checksum = zlib.crc32(json.dumps(self.reviews).encode())
+        self.checksum = 0  # its texts follow from the seed
 
     def corpus(self):
-        return [data.encode(self.tokenizer, x, y) for x, y in self.reviews]
+        rng = np.random.default_rng((self.cfg.seed, 1))
+        reviews = data.corpus(self.prompts, self.cfg.n_reviews, rng)
+        return [data.encode(self.tokenizer, x, y) for x, y in reviews]
 
     def pairs(self, sft):
         pairs = make_pairs(sft, self.prompts, self.cfg.n_pairs, self.cfg, self.tokenizer)
@@ -336,13 +337,13 @@ class FileTask:
         print(f"\n{len(pairs[:EVALUATED])} {kind}; before DPO: loss 0.693, margin 0")
         for name, value in figures.items():
             print(f"    {name:22}{value:9.3f}")
-        room = cfg.block_size // 2  # for a prompt, because no completion in the file is longer
+        room = cfg.block_size // 2  # for a prompt; no completion that was kept is longer
         prompts = list(dict.fromkeys(tuple(pair.prompt[-room:]) for pair in pairs))[:32]
         return figures | report_samples(reference, policy, prompts, room, cfg, self.tokenizer)
 
 
 def sample(model, prompts, max_new_tokens, cfg, tokenizer):
-    """One completion y ~ π(·|x) per prompt, as lists of ids. Equal arguments, equal samples."""
+    """One completion y ~ π(·|x) per prompt, as ids. The same arguments give the same samples."""
     generator = torch.Generator(cfg.device).manual_seed(cfg.seed)
     n = max(1, 2 * MAX_TOKENS // (max(map(len, prompts)) + max_new_tokens))
     samples, printed = [], time.perf_counter()
@@ -389,8 +390,8 @@ def report_exactly(reference, policy, prompts, cfg, tokenizer):
 
 
 def report_samples(reference, policy, prompts, max_new_tokens, cfg, tokenizer):
-    """Print samples of SFT and DPO. Return their KL(π‖π_ref), the mean of log π(y|x) -
-    log π_ref(y|x) over one y ~ π per prompt, and its standard error."""
+    """Print samples of SFT and DPO. Return an estimate of DPO's KL(π‖π_ref), the mean of
+    log π(y|x) - log π_ref(y|x) over one y ~ π per prompt, and its standard error."""
     samples = {"SFT": sample(reference, prompts, max_new_tokens, cfg, tokenizer),
                "DPO": sample(policy, prompts, max_new_tokens, cfg, tokenizer)}
     for i, prompt in enumerate(prompts[:4]):
@@ -417,10 +418,10 @@ def option(group, default, help, low=None, high=None, choices=None):  # group: h
 
 @dataclass
 class Config:
-    """All settings. A default that depends on another setting is None until __post_init__."""
+    """All settings. If a default depends on --data, --init or --device, it is None here."""
     data: str = option("data", None, "JSONL file of your pairs (default: the toy task)")
     held_out: float = option("data", 0.1, "fraction of the prompts of --data to hold out", 0, 0.9)
-    tokenizer: str = option("data", None, "of --data (default: gpt2)", choices=("toy", "gpt2"))
+    tokenizer: str = option("data", None, "for --data (default: gpt2)", choices=("toy", "gpt2"))
     block_size: int = option("data", None, "longest row, in tokens (default: 256)", 16, 8192)
     n_pairs: int = option("data", 32768, "pairs to sample in the toy task", 1, 10**7)
     n_reviews: int = option("data", 20000, "reviews for SFT in the toy task", 1, 10**7)
@@ -434,13 +435,13 @@ class Config:
     steps: int = option("DPO", 1000, "steps, one batch each", 1, 10**9)
     learning_rate: float = option("DPO", None, "peak (default: 1e-3, with --init 1e-6)", 1e-9, 10)
     beta: float = option("DPO", None, "KL penalty β (default: 1.0, with --init 0.1)", 1e-6, 1e6)
-    label_smoothing: float = option("DPO", 0.0, "fraction of labels that are flipped", 0, 0.49)
+    label_smoothing: float = option("DPO", 0.0, "expected fraction of wrong labels", 0, 0.49)
     batch_size: int = option("run", 64, "completions (SFT) or pairs (DPO) per batch", 1, 10**6)
     grad_accum: int = option("run", 1, "micro-batches per batch, to save memory", 1, 10**6)
     device: str = option("run", "cuda" if torch.cuda.is_available() else "cpu",
-                         "mps is not tested", choices=("cpu", "cuda", "mps"))
-    dtype: str = option("run", None, "of matrix products (default: bfloat16 if the GPU has it, "
-                        "else float32)", choices=("float32", "bfloat16"))
+                         "where to run; mps is not tested", choices=("cpu", "cuda", "mps"))
+    dtype: str = option("run", None, "of the network's products (default: bfloat16 if the GPU has "
+                        "it, else float32)", choices=("float32", "bfloat16"))
     seed: int = option("run", 0, "of weights, data, samples and batches", 0, 2**32 - 1)
     out: str = option("run", "out", "folder for the results")
     save_every: int = option("run", 100, "steps between two saved states", 1, 10**9)
@@ -489,18 +490,18 @@ def parse_settings(arguments):
 
 
 def load_model(cfg):
-    """The model of --init. It fills in the settings that it determines. Raises ValueError if one
-    of them is given and differs."""
+    """The model of --init. Fills in the settings that it determines. Raises ValueError if one of
+    them is given and does not fit."""
     model = GPT.load(cfg.init, cfg.n_head)
     for name in ("tokenizer", "block_size", "n_layer", "n_head", "n_embd"):
         given, stored = getattr(cfg, name), getattr(model.config, name)
         if given is None:
             setattr(cfg, name, stored)
         elif given != stored and not (name == "block_size" and given < stored):
-            raise ValueError(f"--{name} {given}: {cfg.init} has {stored}")
+            raise ValueError(f"--{name} {given}: but {cfg.init} has {stored}")
     has, needs = model.config.vocab_size, data.get_tokenizer(cfg.tokenizer).n_vocab
     if has != needs:
-        raise ValueError(f"{cfg.init} has {has} tokens, but its tokenizer has {needs}")
+        raise ValueError(f"{cfg.init} has a vocabulary of {has}, but its tokenizer has {needs}")
     return model
 
 
@@ -514,7 +515,7 @@ def prepare(model, tokenizer, cfg):
     model = model or GPT(GPTConfig(tokenizer.n_vocab, cfg.block_size, cfg.n_layer, cfg.n_head,
                                    cfg.n_embd, cfg.tokenizer))
     if sum(p.numel() for p in model.parameters()) < 2**20:
-        torch.set_num_threads(1)  # threads of a small model wait longer than they compute
+        torch.set_num_threads(1)  # a small model is faster on one thread
     return model.to(cfg.device)
 
 

@@ -291,8 +291,8 @@ def test_pairs_are_dropped_cut_and_counted(tokenizer):
              ("q", "same", "same"), ("t" * 8, "a" * 7, "b"), ("q", "x", "y"), ("q", "x", "y"), ("q", "x", "y"), ("q", "y", "x"),
              ("q", "", "y"), ("q", "x", " \n"), ("q", "", ""), ("", "x", "y")]
     pairs, counts, _ = data.encode_pairs(texts, tokenizer, 16)
-    assert counts == {"in the file": 15, "dropped: the completions are identical": 1, "dropped: a text is empty": 4,
-                      "dropped: a completion is longer than half of --block_size 16 (--block_size 32 keeps 100%)": 2,
+    assert counts == {"in the file": 15, "dropped: the completions are identical": 1, "dropped: a text is blank": 4,
+                      "dropped: a completion is longer than half of --block_size 16 (--block_size 64 keeps 100%)": 2,
                       "with a prompt that lost its first tokens": 1, "repeat an earlier pair": 2, "contradict an earlier pair": 1}
     decoded = [tuple(tokenizer.decode(ids) for ids in pair) for pair in pairs]
     eos = "<|endoftext|>"
@@ -310,6 +310,10 @@ def test_the_suggested_block_size_keeps_the_stated_share(tokenizer):
     assert len(data.encode_pairs(texts, tokenizer, 1024)[0]) == 97
     [line] = data.encode_pairs([("q", "a" * 9000, "b")], tokenizer, 256)[1].keys() - {"in the file"}
     assert line.endswith("(--block_size 8192 keeps 0%)")
+    for size, share in ((16, "512 keeps 97%"), (512, "1024 keeps 97%")):  # never a smaller one, and cut texts are estimated
+        texts = [("q", "a b " * 60, "b")] * 97 + [("q", "a" * 10**6, "b")] * 3 if size == 16 else [("q", "a" * 100, "b")] * 50 + [("q", "a" * 300, "b")] * 47 + [("q", "a" * 9000, "b")] * 3
+        [line] = [name for name in data.encode_pairs(texts, tokenizer, size)[1] if "--block_size" in name]
+        assert line.endswith(f"(--block_size {share})")
 
 
 def test_a_very_long_prompt_keeps_its_end(tokenizer):

@@ -132,13 +132,13 @@ def test_dpo_loss_refuses_bad_arguments(change, message):
 
 
 def test_sequence_logps_refuses_bad_arguments():
-    with pytest.raises(ValueError, match=r"got \(2, 5, 4\) for tokens \(2, 6\) and 5 scored"):
+    with pytest.raises(ValueError, match=r"got \(2, 5, 4\) for tokens \(2, 6\) with 5 scored"):
         sequence_logps(LOGITS[:, :5], TOKENS, MASK)
-    with pytest.raises(ValueError, match=r"got \(4, 4\) for tokens \(2, 6\) and 5 scored"):
+    with pytest.raises(ValueError, match=r"got \(4, 4\) for tokens \(2, 6\) with 5 scored"):
         sequence_logps(LOGITS[0, :4], TOKENS, MASK)
-    with pytest.raises(ValueError, match=r"tokens \(B, T\) and mask \(B, T\), got \(2, 6\) and \(2, 5\)"):
+    with pytest.raises(ValueError, match=r"expected tokens and mask \(B, T\), got \(2, 6\) and \(2, 5\)"):
         sequence_logps(LOGITS, TOKENS, MASK[:, :5])
-    with pytest.raises(ValueError, match=r"expected tokens \(B, T\)"):
+    with pytest.raises(ValueError, match=r"expected tokens and mask \(B, T\)"):
         sequence_logps(LOGITS[None], TOKENS[None], MASK[None])
     empty = MASK.clone()
     empty[1] = False

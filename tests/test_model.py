@@ -366,7 +366,7 @@ def wrong_weights():
     yield "empty", {}, "expected a matrix wte.weight"
     yield "list", [1, 2], "expected a matrix wte.weight"
     yield "vector", change("wte.weight", torch.zeros(8)), "expected a matrix wte.weight"
-    for name, value in (("n_head", -2), ("n_head", "x"), ("n_head", 3), ("n_head", None), ("extra", 1), ("weights", {}), ("weights", 3),
+    for name, value in (("n_head", -2), ("n_head", "x"), ("n_head", 3), ("n_head", None), ("weights", {}), ("weights", 3),
                         ("weights", {"wte.weight": 3}), ("weights", {3: 4})):
         yield f"{name} {value}", saved | {name: value}, ""
 

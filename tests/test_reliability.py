@@ -16,7 +16,6 @@ import torch
 
 import data
 import train
-from dpo import dpo_loss, sequence_logps
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 from tests.conftest import ROOT
 
@@ -286,7 +285,7 @@ def test_a_checkpoint_with_code_is_refused_and_the_code_is_not_run(tmp_path):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "ran"),)
     torch.save({"weights": Code()}, tmp_path / "c.pt")
-    with pytest.raises(ValueError, match="c.pt: not a checkpoint, damaged, or larger than memory"):
+    with pytest.raises(ValueError, match="c.pt: not a checkpoint of tensors, damaged or too large"):
         GPT.load(tmp_path / "c.pt")
     assert not (tmp_path / "ran").exists()
 
@@ -344,18 +343,3 @@ def test_a_terminal_without_greek_letters_gets_the_whole_report(tmp_path):
     process = subprocess.run([sys.executable, ROOT / "train.py", *TINY, "--out", tmp_path / "out"], capture_output=True, text=True,
                              env=os.environ | {"PYTHONIOENCODING": "ascii"})
     assert process.returncode == 0 and "KL(???_ref) from " in process.stdout, process.stderr
-
-
-@pytest.mark.parametrize("autocast", [False, True])
-def test_extreme_log_probabilities_and_logits_have_finite_losses_and_gradients(autocast):
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        for scale in (1.0, 1e3, 1e6):
-            policy, ref = (-scale * torch.tensor([[0., 1, 0, 1], [1, 0, 1, 0], [1, 0, 0, 1], [1, 1, 1, 1]])).split(2)
-            policy.requires_grad_()
-            for smoothing in (0.0, 0.1):
-                losses = dpo_loss(*policy, *ref, 5.0, label_smoothing=smoothing)[0]
-                gradient, = torch.autograd.grad(losses.sum(), policy)
-                assert losses.isfinite().all() and gradient.isfinite().all()
-        logits = torch.tensor([[[1e4, -1e4, 0.0], [-1e4, 1e4, 1e4], [0.0, 0.0, 0.0]]], requires_grad=True)
-        logps = sequence_logps(logits, torch.tensor([[0, 1, 0]]), torch.tensor([[False, True, True]]))
-        assert logps.item() == pytest.approx(-4e4 - np.log(2)) and torch.autograd.grad(logps.sum(), logits)[0].isfinite().all()
