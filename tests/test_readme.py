@@ -1,12 +1,13 @@
-"""What the README says and shows is so."""
+"""The README's code runs as printed, and what the README says about it is true."""
 import ast
 import base64
+import copy
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -14,243 +15,226 @@ import torch.nn.functional as F
 
 import data
 import dpo
+import train
 from model import GPT, GPTConfig
+from tests.conftest import ROOT
 
-ROOT = os.path.dirname(os.path.abspath(dpo.__file__))
-with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
-    README = file.read()
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
-
-
-def test_the_loss_on_the_first_screen_is_the_loss_of_dpo_py():
-    shown = {"F": F}
-    exec(SNIPPETS[0], shown)
-    four = torch.randn(4, 100, generator=torch.Generator().manual_seed(0))
-    for a, b in zip(shown["dpo_loss"](*four, 0.7), dpo.dpo_loss(*four, 0.7)):
-        assert torch.equal(a, b)
-
-
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.S | re.M)
+COMMANDS = [line for language, block in BLOCKS if language == "sh" for line in block.splitlines()]
+PAIRS = ROOT / "tests" / "pairs.jsonl"
 TOKENIZER = data.toy_tokenizer()
-PAIRS = [(*data.encode(TOKENIZER, x, y_w), data.encode(TOKENIZER, x, y_l)[1]) for x, y_w, y_l in [
-    ("Last night we saw a thriller:", " tense superb", " dull"), ("At home I watched a comedy:", " funny", " slow slow slow")]]
+BOS, EOS = TOKENIZER.n_vocab, TOKENIZER.eot_token
 
 
-def snippet(text):
-    """The one python snippet that holds text."""
-    [found] = [code for code in SNIPPETS if text in code]
+def snippet(text, among=[block for language, block in BLOCKS if language == "python"]):
+    """The one piece of code that contains text: a block, or among those within sentences."""
+    [found] = [code for code in among if text in code]
     return found
 
 
-def to_copy(code=snippet("def batch_of"), **given):
-    """What the snippet to copy leaves behind, run with a policy of its own or with what is given."""
-    torch.manual_seed(0)
-    shown = {"policy": GPT(GPTConfig(TOKENIZER.n_vocab)), "pairs": PAIRS, **given}
-    exec(code, shown)
-    return shown
+def inline(text):
+    return snippet(text, re.findall(r"`([^`\n]+)`", README))
 
 
-def starts_at_ln_2(shown):
-    """The README's first check, first half: every row, not the mean."""
-    return torch.allclose(shown["losses"], torch.tensor(0.6931), atol=1e-4)
+def test_the_five_lines_of_the_loss_equal_dpo_loss():
+    names = ("policy_chosen_logps", "policy_rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
+    logps = dict(zip(names, torch.randn(4, 100, generator=torch.Generator().manual_seed(0)), strict=True))
+    logps["policy_chosen_logps"].requires_grad_(True)
+    shown = {"F": F, "beta": 0.7, **logps}
+    exec(snippet("F.logsigmoid"), shown)
+    assert torch.equal(shown["losses"], dpo.dpo_loss(**logps, beta=0.7)[0]) and logps["policy_chosen_logps"].grad.abs().min() > 0
 
 
-def moves(shown, code=snippet("def batch_of")):
-    """The first check, second half: after one update the loss is another."""
-    torch.optim.SGD(shown["policy"].parameters(), 0.1).step()
-    policy_logps = shown["pair_logps"](shown["policy"], shown["tokens"], shown["mask"])
-    with torch.no_grad():
-        ref_logps = shown["pair_logps"](shown["reference"], shown["tokens"], shown["mask"])
-    return not torch.allclose(dpo.dpo_loss(*policy_logps, *ref_logps, 0.1)[0], torch.tensor(0.6931), atol=1e-4)
-
-
-def test_the_snippet_to_copy_runs_and_passes_its_four_checks():
-    shown = to_copy()
-    tokens, mask, policy = shown["tokens"], shown["mask"], shown["policy"]
-    assert shown["reference"] is not policy and policy.wte.weight.grad.abs().max() > 0 and shown["reference"].wte.weight.grad is None
-    assert starts_at_ln_2(shown) and moves(shown)
-    completions = [pair[k] for k in (1, 2) for pair in PAIRS]
-    assert [tokens[i][mask[i]].tolist() for i in range(4)] == completions and completions[0][-1] == TOKENIZER.eot_token
-    together = torch.cat(shown["pair_logps"](policy, tokens, mask))
-    for i, row in enumerate(tokens):
-        n = int(mask[i].nonzero().max()) + 1
-        alone = dpo.sequence_logps(policy(row[None, :n]), row[None, :n], mask[i:i + 1, :n])
-        labels = torch.where(mask[i], row, -100)[1:]
-        hugging_face = F.cross_entropy(policy(row[None])[0, :-1], labels, ignore_index=-100)
-        assert alone.item() == pytest.approx(together[i].item(), abs=1e-4) == pytest.approx(-hugging_face.item() * mask[i].sum().item(), abs=1e-4)
-
-
-def replaced(old, new):
-    code = snippet("def batch_of")
-    assert code.count(old) >= 1
-    return code.replace(old, new)
-
-
-def test_the_first_check_shows_a_reference_that_is_the_policy_dropout_and_softmax():
-    same = to_copy(replaced("copy.deepcopy(policy.eval()).requires_grad_(False)", "policy"))
-    assert starts_at_ln_2(same) and not moves(same)
-    class Dropout(GPT):
-        def forward(self, tokens):
-            return F.dropout(super().forward(tokens), 0.1)
-    assert not starts_at_ln_2(to_copy(policy=Dropout(GPTConfig(TOKENIZER.n_vocab))))
-    assert starts_at_ln_2(to_copy(replaced("sequence_logps(model(tokens),", "sequence_logps(model(tokens).softmax(-1),")))  # the fourth tells
-    shown = to_copy(replaced("sequence_logps(model(tokens),", "sequence_logps(model(tokens).roll(1, 1),"))  # shifted twice
-    row, mask = shown["tokens"][:1], shown["mask"][:1]
-    hugging_face = F.cross_entropy(shown["policy"](row)[0, :-1], torch.where(mask, row, -100)[0, 1:], ignore_index=-100)
-    assert abs(shown["pair_logps"](shown["policy"], row, mask)[0].item() + hugging_face.item() * mask.sum().item()) > 1e-3
-
-
-def test_the_second_check_shows_an_eos_that_is_lost_or_a_prompt_that_is_scored():
-    right = to_copy()
-    eos = TOKENIZER.eot_token
-    lost = to_copy(replaced("tokens, mask = batch_of(pairs, pad=0)", f"tokens, mask = batch_of(pairs, pad={eos}); mask &= tokens != {eos}"))
-    assert all((lost["mask"][i].sum() == right["mask"][i].sum() - 1) for i in range(4)) and starts_at_ln_2(lost)
-    prompt = to_copy(replaced("mask[i, len(x):", "mask[i, 1:"))
-    assert starts_at_ln_2(prompt) and prompt["tokens"][0][prompt["mask"][0]].tolist() != PAIRS[0][1]
-
-
-@pytest.mark.parametrize("old, new, message", [
-    ("tokens, mask = batch_of(pairs, pad=0)", "tokens, mask = batch_of(pairs, pad=0); mask = ~mask", "expected mask False on each row's first token"),
-    ("tokens, mask = batch_of(pairs, pad=0)", "tokens, mask = batch_of(pairs, pad=0); mask = tokens > 0", "expected mask False on each row's first token"),
-    ("policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta", "ref_chosen_logps, ref_rejected_logps, policy_chosen_logps, policy_rejected_logps, beta", "without gradient"),
-    ("policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta", "policy_chosen_logps, ref_chosen_logps, policy_rejected_logps, ref_rejected_logps, beta", "without gradient"),
-    ("with torch.no_grad():", "reference.requires_grad_(True)\nif True:", "without gradient")],
-    ids=["inverted mask", "attention mask", "swapped", "another order", "reference with gradient"])
-def test_mistakes_that_are_refused(old, new, message):
-    with pytest.raises(ValueError, match=message):
-        to_copy(replaced(old, new))
-
-
-def test_accumulated_parts_have_the_gradient_of_the_whole():
-    """As the comment says: the sum over a part, divided by the pairs of all parts."""
-    code = replaced("losses.mean().backward()", "(losses.sum() / 2).backward()")
-    whole, parts = to_copy(), to_copy(code, pairs=PAIRS[:1])
-    exec(code.replace("reference = copy", "unused = copy"), parts | {"pairs": PAIRS[1:]})
-    gradients = [shown["policy"].wte.weight.grad for shown in (whole, parts)]
-    assert torch.allclose(*gradients, atol=1e-6) and gradients[0].abs().max() > 1e-3
-
-
-def test_the_lines_that_use_a_trained_model_print_samples(small, tmp_path, monkeypatch, capsys):
-    shutil.copytree(small[1], tmp_path / "out")
-    monkeypatch.chdir(tmp_path)
+def test_the_lines_that_use_a_trained_model_print_a_review(small, monkeypatch, capsys):
+    monkeypatch.chdir(small[1].parent)
     exec(snippet("model.sample("), {})
-    lines = capsys.readouterr().out.splitlines()
-    for line in lines:
-        prompt, completion = re.fullmatch("(.*:)(.*)", line).groups()
-        assert prompt in sum(data.prompts(), []) and data.reward(prompt, completion) > data.MALFORMED
-    assert len(lines) == 2
+    assert data.reward("Last night we saw a thriller:", capsys.readouterr().out.rstrip("\n")) > data.MALFORMED
 
 
-def test_the_lines_that_export_a_model_make_a_folder_in_gpt2s_form(small, tmp_path, monkeypatch):
-    """And where the transformers library is installed, it opens the folder and has our logits."""
-    shutil.copytree(small[1], tmp_path / "out")
+class Stub(GPT):
+    """A model with dropout whose call returns an object with logits, as in the transformers library."""
+
+    def forward(self, tokens):
+        return types.SimpleNamespace(logits=F.dropout(super().forward(tokens), 0.1, self.training))
+
+
+def tokenize(text, add_special_tokens=True):
+    return types.SimpleNamespace(input_ids=[BOS] * add_special_tokens + TOKENIZER.encode_ordinary(text))
+
+
+@pytest.mark.parametrize("kind", ["stub", "transformers"])
+def test_the_hugging_face_loop_passes_the_three_checks(kind, tmp_path, monkeypatch, capsys):
+    torch.manual_seed(0)
+    library, model = types.ModuleType("transformers"), Stub(GPTConfig(BOS + 1))
+    if kind == "transformers":
+        real = pytest.importorskip("transformers", reason="the transformers library is not installed")
+        model = real.GPT2LMHeadModel(real.GPT2Config(vocab_size=BOS + 1, n_positions=256, n_embd=64, n_layer=1, n_head=4)).train()
+    initial = copy.deepcopy(model).eval()
+    library.AutoModelForCausalLM = types.SimpleNamespace(from_pretrained=lambda name: model)
+    library.AutoTokenizer = types.SimpleNamespace(from_pretrained=lambda name: tokenize)
+    monkeypatch.setattr(tokenize, "eos_token_id", EOS, raising=False)
+    monkeypatch.setitem(sys.modules, "transformers", library)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "pairs.jsonl").write_text("".join(PAIRS.read_text(encoding="utf-8").splitlines(True)[:10]))
+    shown = {}
+    exec(snippet("AutoModelForCausalLM"), shown)
+    assert re.fullmatch(r"loss 0\.6931, margin 0\.0000\nloss \S+, margin \S+\n", capsys.readouterr().out)
+
+    pairs, reference = shown["batches"][0], torch.cat(shown["reference"][0])  # 1: the loss
+    assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), initial.parameters(), strict=True))
+    shown["policy"] = initial  # the loop's functions score with it
+    assert torch.allclose(torch.cat(shown["logps"](pairs)), reference) and not reference.requires_grad
+    shown["policy"] = model
+    for _ in range(20):
+        losses = dpo.dpo_loss(*shown["logps"](pairs), *reference.chunk(2), shown["beta"])[0]
+        losses.mean().backward()
+        shown["optimizer"].step()
+    assert losses.mean() < 0.69314
+
+    tokens, mask = shown["collate"](pairs)  # 2: the scored tokens
+    completions = [pair[key] + "<|endoftext|>" for key in ("chosen", "rejected") for pair in pairs]
+    assert [TOKENIZER.decode(row[scored].tolist()) for row, scored in zip(tokens, mask, strict=True)] == completions
+    assert (tokens[:, 0] == BOS).all() and (tokens == BOS).sum() == (tokens == EOS).sum() == len(tokens)
+
+    logps = torch.cat(shown["logps"](pairs))  # 3: a row alone, and the loss of the transformers library
+    for row, scored, logp in zip(tokens, mask, logps, strict=True):
+        row, labels = (part[:scored.nonzero().max() + 1] for part in (row, torch.where(scored, row, -100)))  # without padding
+        mean = F.cross_entropy(model(row[None]).logits[0, :-1], labels[1:]) if kind == "stub" else model(row[None], labels=labels[None]).loss
+        assert logp.item() == pytest.approx(-mean.item() * scored.sum().item(), abs=1e-3)
+    if kind == "transformers":
+        selected = eval(inline("policy.lm_head("), {**shown, "tokens": tokens, "mask": mask})
+        assert torch.allclose(dpo.sequence_logps(selected, tokens, mask), logps, atol=1e-3)
+
+
+def test_encoder_decoder_logits_need_a_position_at_their_end():
+    """In such models the logits at position t predict token t. A position at their start shifts them."""
+    torch.manual_seed(0)
+    logits, tokens = torch.randn(2, 4, 5), torch.randint(5, (2, 4))
+    mask = torch.tensor([[True] * 4, [True] * 3 + [False]])
+    right = [sum(logits[i, t].log_softmax(-1)[tokens[i, t]].item() for t in range(4) if mask[i, t]) for i in range(2)]
+    names = {"F": F, "sequence_logps": dpo.sequence_logps, "logits": logits, "tokens": tokens, "mask": mask}
+    assert eval(inline("F.pad(logits"), names).tolist() == pytest.approx(right, abs=1e-5)
+    wrong = eval(inline("F.pad(logits").replace("(0, 0, 0, 1)", "(0, 0, 1, 0)"), names)
+    assert (wrong - torch.tensor(right)).abs().min() > 0.1
+
+
+HI, PROMPT = "\n\nHuman: Hi\n\nAssistant:", "\n\nUser: 2 + 2?\n\nAssistant:"
+ASK, SAY, MORE = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}, {"role": "assistant", "content": "4, yes"}
+FITTING = [  # prompt, chosen and rejected of a record, then of the pair. " 4" is a prefix of " 4, yes".
+    (None, HI + " A", HI + " A b", HI, " A", " A b"), (None, HI + " A" + HI + " B", HI + " A" + HI + " C", HI + " A" + HI, " B", " C"),
+    (None, [ASK, SAY], [ASK, MORE], PROMPT, " 4", " 4, yes"), ("2 + 2?", [ASK, MORE], [ASK, SAY], PROMPT, " 4, yes", " 4"),
+    ("2 + 2?", [SAY], [MORE], PROMPT, " 4", " 4, yes"), ([ASK], [SAY], [MORE], PROMPT, " 4", " 4, yes"),
+    ([ASK], [ASK, SAY], [ASK, MORE], PROMPT, " 4", " 4, yes"), ("x", " y", " z", "x", " y", " z")]
+NOT_FITTING = [
+    (None, HI + " A", HI.replace("Hi", "Hello") + " B"), (None, [ASK, SAY], [ASK | {"content": "3 + 3?"}, MORE]),  # two contexts
+    (None, HI + " A\n\nHuman: Bye", HI + " B"), (None, [ASK, ASK], [ASK, ASK | {"content": "5?"}]),  # the last turn is the user's
+    (None, HI + " A", HI + " "), (None, " A", " B"), (None, HI[11:] + " A", HI[11:] + " B"), (None, [SAY], [MORE]),  # no answer or context
+    (None, HI + " A", None), (None, [ASK, SAY], []), (None, ["4"], ["5"]), (7, [SAY], [MORE]), ([ASK], "4", "5"),
+    *[(None, [ASK, SAY], [ASK, SAY | {"content": content}]) for content in (None, " ", 4, [{"type": "text", "text": "5"}])],
+    *[(None, [ASK | {"content": content}, SAY], [ASK | {"content": content}, MORE]) for content in (None, 4, [{"type": "text", "text": "5"}])]]
+
+
+@pytest.mark.parametrize("form", ["lines", "array"])
+def test_the_converter_keeps_pairs_with_one_context_and_counts_the_others(form, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    records = [dict(zip(data.KEYS, row)) for row in FITTING + NOT_FITTING] + [{"question": "x"}, [1], None]
+    code, text = snippet("def as_messages"), "\n\n".join(map(json.dumps, records))
+    if form == "array":
+        [(lines, array)] = re.findall(r"for record in (.*):  # array: (.*)", code)
+        code, text = code.replace(lines, array), json.dumps(records, indent=1)
+    (tmp_path / "records.jsonl").write_text(text)
+    exec(code, {})
+    assert list(data.read_jsonl("pairs.jsonl")) == [pair for _, _, _, *pair in FITTING]
+    assert capsys.readouterr().out == f"{ {'kept': len(FITTING), 'dropped': len(NOT_FITTING) + 3} }\n"
+
+
+def test_the_export_opens_here_and_in_the_transformers_library(small, monkeypatch):
+    monkeypatch.chdir(small[1].parent)
     exec(snippet("to_gpt2()"), {})
-    model, weights = GPT.load("out/dpo.pt"), torch.load("gpt2-dpo/pytorch_model.bin", weights_only=True)
-    again = GPT.from_gpt2(weights, n_head=4)
-    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values()))
-    with open("gpt2-dpo/config.json") as file:
-        assert json.load(file) == {
-            "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": 299, "n_positions": 256, "n_embd": 64,
-            "n_layer": 1, "n_head": 4, "bos_token_id": TOKENIZER.eot_token, "eos_token_id": TOKENIZER.eot_token}
+    model, again = GPT.load("out/dpo.pt"), GPT.load("export/pytorch_model.bin")  # the latter reads n_head from config.json
+    assert again.config.n_head == 4 and all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
     transformers = pytest.importorskip("transformers", reason="the transformers library is not installed")
-    theirs, tokens = transformers.GPT2LMHeadModel.from_pretrained("gpt2-dpo").eval(), torch.tensor([PAIRS[0][0]])
-    assert (theirs(tokens).logits - model(tokens)).abs().max() < 1e-4
+    theirs, tokens = transformers.GPT2LMHeadModel.from_pretrained("export").eval(), torch.tensor([TOKENIZER.encode_ordinary("Last night")])
+    assert (theirs(tokens).logits - model(tokens)).abs().max() < 1e-4 and theirs.config.eos_token_id == EOS
 
 
-HH = [{"chosen": "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: 2 + 2?\n\nAssistant: 4", "rejected": "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: 2 + 2?\n\nAssistant: 5"},
-      {"chosen": "\n\nHuman: Hi\n\nAssistant: A", "rejected": "\n\nHuman: Hello\n\nAssistant: B"}]
-ASK = [{"role": "user", "content": "2 + 2?"}]
-ULTRAFEEDBACK = [{"prompt": "2 + 2?", "chosen": [*ASK, {"role": "assistant", "content": "4"}], "rejected": [*ASK, {"role": "assistant", "content": "5"}]}] * 2
-
-
-@pytest.mark.parametrize("text, records, pairs", [
-    ('record["chosen"].rpartition', HH, [("\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: 2 + 2?\n\nAssistant:", " 4", " 5")]),
-    ("m['role']", ULTRAFEEDBACK, [("\n\nUser: 2 + 2?\n\nAssistant:", " 4", " 5")] * 2)], ids=["dialogues", "messages"])
-def test_public_sets_become_a_file_of_pairs(text, records, pairs, tmp_path, monkeypatch):
+def test_two_lines_convert_safetensors(tmp_path, monkeypatch):
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
     monkeypatch.chdir(tmp_path)
-    code = snippet(text)
-    exec(code, {"records": records})
-    assert data.read_jsonl("pairs.jsonl") == pairs and code.count("\n") <= 8
+    (tmp_path / "gpt2").mkdir()
+    weights = GPT(GPTConfig(50, 16, 1, 2, 32)).to_gpt2()
+    safetensors.save_file(weights, "gpt2/model.safetensors")
+    exec(snippet("load_file"), {})
+    again = GPT.load("gpt2/pytorch_model.bin", n_head=2).to_gpt2()
+    assert all(torch.equal(again[name], weights[name]) for name in again | weights)
 
 
-def test_two_processes_get_the_weights_of_one(small, tmp_path, monkeypatch):
-    """The lines for torchrun, on the CPU: the same weights to 1e-5 of the largest."""
-    code = snippet("all_reduce")
-    assert code.count("\n") <= 20
-    shutil.copy(os.path.join(ROOT, "tests", "pairs.jsonl"), tmp_path / "pairs.jsonl")
-    shutil.copytree(small[1], tmp_path / "out")
-    (tmp_path / "several.py").write_text(code.replace("steps=100", "steps=4, device='cpu'"))
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "several.py"],
-                          env=os.environ | {"PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-                          cwd=tmp_path, capture_output=True, text=True, timeout=100)
+def test_two_processes_get_the_weights_of_one(small, tmp_path):
+    """Batches of 3 in 2 micro-batches leave one process without a pair. Observed difference: 2e-7 of the largest weight."""
+    flags = {"data": str(PAIRS), "init": str(small[1] / "sft.pt"), "out": str(tmp_path), "steps": 4, "learning_rate": 1e-5,
+             "batch_size": 3, "grad_accum": 2, "device": "cpu", "dtype": "float32"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", ROOT / "tests" / "several_processes.py"]
+    done = subprocess.run([*torchrun, *(f"--{name}={value}" for name, value in flags.items())], capture_output=True, text=True,
+                          timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    weights = [GPT.load(tmp_path / f"dpo{rank}.pt").state_dict() for rank in (0, 1)]
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.chdir(tmp_path)
-    exec((tmp_path / "several.py").read_text(), {})  # this process alone
-    torch.distributed.destroy_process_group()
-    weights.append(GPT.load(tmp_path / "dpo0.pt").state_dict())
-    start = GPT.load(tmp_path / "out" / "sft.pt").state_dict()
-    for name, p in weights[2].items():
-        assert torch.equal(weights[0][name], weights[1][name]) and (p - weights[0][name]).abs().max() < 1e-5 * p.abs().max(), name
-    assert not torch.equal(start["wte.weight"], weights[0]["wte.weight"])
-
-
-def test_the_lines_that_plot_draw_the_margin_of_every_step(small, tmp_path, monkeypatch):
-    pyplot = pytest.importorskip("matplotlib.pyplot", reason="matplotlib is not installed")
-    pyplot.switch_backend("agg")
-    shutil.copytree(small[1], tmp_path / "out")
-    monkeypatch.chdir(tmp_path)
-    exec(snippet("plt.plot"), {})
-    assert len(pyplot.gca().lines[0].get_xdata()) == 400
+    cfg = train.Config(**flags)
+    reference = train.load_model(cfg).requires_grad_(False)
+    pairs, _, _ = data.encode_pairs(data.read_jsonl(PAIRS), TOKENIZER, cfg.block_size)
+    training_pairs, _ = data.split_pairs(pairs, cfg.held_out, cfg.block_size, cfg.seed)
+    batches = data.batches(train.score_pairs(reference, training_pairs, cfg), cfg.batch_size, cfg.seed)
+    policy = copy.deepcopy(reference).requires_grad_(True)
+    optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), weight_decay=0)
+    losses = [row["loss"] for _, row in train.fit(policy, optimizer, batches, train.dpo_objective, cfg.steps, cfg.learning_rate, cfg)]
+    assert list(map(float, re.findall(r"loss (\S+)", done.stdout))) == pytest.approx(losses, abs=1e-3)
+    two = GPT.load(tmp_path / "dpo.pt").state_dict()
+    for name, weight in policy.state_dict().items():  # the gradient of the keys' bias is rounding noise, which Adam enlarges
+        assert name.endswith("c_attn.bias") or (two[name] - weight).abs().max() < 1e-5 * weight.abs().max(), name
+    assert not torch.equal(two["wte.weight"], reference.wte.weight)
 
 
 def test_the_picture_is_the_tutorials_own_output():
-    with open(os.path.join(ROOT, "tutorial.ipynb"), encoding="utf-8") as file:
-        outputs = [output for cell in json.load(file)["cells"] for output in cell.get("outputs", [])]
-    pictures = [base64.b64decode(output["data"]["image/png"]) for output in outputs if "image/png" in output.get("data", {})]
-    with open(os.path.join(ROOT, ".github", "frontier.png"), "rb") as file:
-        assert file.read() in pictures
+    cells = json.loads((ROOT / "tutorial.ipynb").read_text(encoding="utf-8"))["cells"]
+    outputs = [output["data"]["image/png"] for cell in cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
+    assert (ROOT / ".github" / "frontier.png").read_bytes() in [base64.b64decode(output) for output in outputs], "no output is the picture"
 
 
-def test_it_is_short_and_its_contents_lead_somewhere():
-    assert README.count("\n") <= 300
+def test_length_width_and_number_of_lines_are_as_stated():
+    assert README.count("\n") <= 230 and max(len(line) for _, block in BLOCKS for line in block.splitlines()) <= 100
+    lines = sum(path.read_text(encoding="utf-8").count("\n") for path in ROOT.glob("*.py"))
+    assert lines == pytest.approx(int(re.search(r"about ([\d,]+) lines", README)[1].replace(",", "")), rel=0.05)
+    assert snippet("AutoModelForCausalLM").count("\n") <= 45
+
+
+def test_every_link_leads_somewhere():
     headings = {re.sub("[^a-z0-9 -]", "", line[3:].lower()).replace(" ", "-") for line in README.splitlines() if line.startswith("## ")}
-    links = re.findall(r"\]\(#([^)]+)\)", README)
-    assert len(links) > 5 and set(links) <= headings
+    links = re.findall(r"\]\(([^)]+)\)", README) + re.findall('src="([^"]+)"', README)
+    for link in links:
+        assert link.startswith("https://") or link.startswith("#") and link[1:] in headings or (ROOT / link).is_file(), link
+    assert set(re.findall(r"^\| `(\w+\.py)`", README, re.M)) == {path.name for path in ROOT.glob("*.py")}
 
 
-def test_the_file_map_has_the_files_and_their_lines():
-    rows = dict(re.findall(r"\| `(\w+\.py)` \| (\d+) \|", README))
-    assert set(rows) == {"dpo.py", "model.py", "data.py", "train.py"}
-    for name, lines in rows.items():
-        with open(os.path.join(ROOT, name), encoding="utf-8") as file:
-            count = len(file.readlines())
-        assert count == int(lines), f"{name}: the README says {lines} lines, it has {count}"
+def test_commands_work_in_any_shell_and_their_flags_exist():
+    assert re.search("^python -m pytest.*", README, re.M).group() == "python -m pytest" in COMMANDS
+    assert not any(re.search(r"[#&;|!$*'\"\\]", command) for command in COMMANDS)
+    for command in COMMANDS:
+        if command.startswith("python train.py"):
+            train.parse_settings(command.split()[2:])
+    assert set(re.findall(r"(?<!\w)--(\w+)", README)) <= {f.name for f in train.fields(train.Config)} | {"help"}
 
 
-def test_every_flag_in_the_readme_exists():
-    import train
-    flags = set(re.findall(r"(?<!\w)--(\w+)", README))
-    of_tests = set()
-    for name in ("benchmark.py", "conftest.py"):
-        with open(os.path.join(ROOT, "tests", name), encoding="utf-8") as file:
-            of_tests |= set(re.findall(r'(?:add_argument|addoption)\("--(\w+)"', file.read()))
-    assert flags and flags <= {f.name for f in train.fields(train.Config)} | of_tests | {"help", "nproc_per_node"}
+def test_the_excerpt_has_the_reports_own_lines(small):
+    [excerpt] = [block for language, block in BLOCKS if not language]
+    labels = [line for line in re.sub(r"  .*", "", excerpt, flags=re.M).splitlines() if line]
+    assert len(labels) == 7 and all(f"\n{label}" in small[0].stdout for label in labels)
 
 
-def test_requirements_are_the_four():
-    with open(os.path.join(ROOT, "requirements.txt")) as file:
-        assert [re.split("[<>=,]", line.strip())[0] for line in file] == ["torch", "numpy", "tiktoken", "pytest"]
-
-
-@pytest.mark.parametrize("name, allowed", [
-    ("dpo", {"torch"}), ("model", {"torch"}), ("data", {"torch", "numpy", "tiktoken"}),
-    ("train", {"torch", "numpy", "data", "dpo", "model"})])
-def test_each_module_imports_what_it_may_know(name, allowed):
-    with open(os.path.join(ROOT, name + ".py"), encoding="utf-8") as file:
-        nodes = list(ast.walk(ast.parse(file.read())))
-    imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
-    assert {module.split(".")[0] for module in imported} - set(sys.stdlib_module_names) == allowed
+def test_requirements_and_imports_are_those_of_the_design():
+    assert (ROOT / "requirements.txt").read_text().split() == ["torch>=2.6", "numpy", "tiktoken", "pytest"]
+    allowed = {"dpo": "torch", "model": "torch", "data": "torch numpy tiktoken", "train": "torch numpy data dpo model"}
+    for name, packages in allowed.items():
+        nodes = list(ast.walk(ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))))
+        imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+        assert {module.split(".")[0] for module in imported} - set(sys.stdlib_module_names) == set(packages.split()), name
