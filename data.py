@@ -42,7 +42,9 @@ def get_tokenizer(name):
         return toy_tokenizer() if name == "toy" else tiktoken.get_encoding(name)
     except OSError:
         raise ValueError(f"the {name} vocabulary is not on this disk and could not be downloaded; "
-                         "--tokenizer toy needs no download") from None
+                         "without --init, --tokenizer toy needs no download") from None
+    except ValueError:
+        raise ValueError(f"unknown tokenizer {name!r}; expected toy or one of tiktoken's") from None
 
 
 def encode(tokenizer, prompt, completion):
@@ -107,12 +109,13 @@ OTHER_FORMATS = {  # first bytes of other files, and what to do
 def parse_line(line):
     """[prompt, chosen, rejected] from one line of a file, as bytes. Raises ValueError."""
     for start, description in OTHER_FORMATS.items():
-        if line.startswith(start):
+        if line.lstrip().startswith(start):
             raise ValueError(f"this is {description}")
     try:
-        record = json.loads(line.decode("utf-8-sig"))
+        record = json.loads(line.decode())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"expected one JSON object per line: {error!s:.100}") from None
+        raise ValueError("expected one JSON object per line, as the README shows, but got "
+                         f"{line[:30]!r} ({error!s:.60})") from None
     if not isinstance(record, dict):
         raise ValueError(f"expected a JSON object, got {record!r:.60}")
     for key in KEYS:
@@ -132,6 +135,7 @@ def read_jsonl(path):
             if time.perf_counter() - printed > 10:
                 print(f"{number:,} lines of {path} read", flush=True)
                 printed = time.perf_counter()
+            line = line.removeprefix(b"\xef\xbb\xbf")  # byte order mark of UTF-8
             if line.strip():
                 try:
                     texts = parse_line(line)
@@ -140,12 +144,13 @@ def read_jsonl(path):
                 yield texts
 
 
-def encode_pairs(texts, tokenizer, block_size):
+def encode_pairs(texts, tokenizer, block_size, largest=8192):
     """Encode an iterable of [prompt, chosen, rejected]. Returns [Pair of int32 arrays],
     {what happened: number of pairs} and a checksum of the texts.
 
     A pair is dropped if a text is blank, if its completions are identical, or if one of them is
-    longer than half of block_size. A prompt that is too long loses its first tokens.
+    longer than half of block_size. A prompt that is too long loses its first tokens. largest is
+    the largest block_size that may be suggested.
     """
     pairs, needed, seen, checksum, counts = [], [], set(), 0, Counter()
     limit = 64 * block_size  # characters. It bounds the time that a very long text takes.
@@ -154,31 +159,38 @@ def encode_pairs(texts, tokenizer, block_size):
         counts["in the file"] += 1
         if not (x.strip() and y_w.strip() and y_l.strip()):
             counts["dropped: a text is blank"] += 1
-        elif y_w == y_l:
+            continue
+        prompt, chosen = encode(tokenizer, x[-limit:], y_w[:limit])
+        rejected = encode(tokenizer, "", y_l[:limit]).completion
+        longest = max(len(chosen), len(rejected))
+        # The block_size that this pair needs; an estimate if a text was cut at the limit.
+        needed.append(2 * longest * max(1, len(y_w) / limit, len(y_l) / limit))
+        if needed[-1] > block_size:
+            continue
+        if chosen == rejected:
             counts["dropped: the completions are identical"] += 1
-        else:
-            prompt, chosen = encode(tokenizer, x[-limit:], y_w[:limit])
-            rejected = encode(tokenizer, "", y_l[:limit]).completion
-            longest = max(len(chosen), len(rejected))
-            # The block_size that this pair needs; an estimate if a text was cut at the limit.
-            needed.append(2 * longest * max(1, len(y_w) / limit, len(y_l) / limit))
-            if needed[-1] <= block_size:
-                ids = (prompt[longest - block_size:], chosen, rejected)
-                pairs.append(Pair(*(np.array(part, np.int32) for part in ids)))
-                cut = len(prompt) + longest > block_size
-                counts["with a prompt that lost its first tokens"] += cut
-                counts["repeat an earlier pair"] += hash((x, y_w, y_l)) in seen
-                counts["contradict an earlier pair"] += hash((x, y_l, y_w)) in seen
-                seen.add(hash((x, y_w, y_l)))  # a hash needs less memory than the texts
-    if len(needed) > len(pairs):
-        text = f"dropped: a completion is longer than half of --block_size {block_size}"
-        for size in (2**k for k in range(6, 14) if 2**k > block_size):
-            share = np.mean(np.array(needed) <= size)
-            if share > 0.95 or size == 2**13:
-                text += f" (--block_size {size} keeps {share:.0%})"
-                break
-        counts[text] = len(needed) - len(pairs)
+            continue
+        parts = (prompt[longest - block_size:], chosen, rejected)
+        pairs.append(Pair(*(np.array(ids, np.int32) for ids in parts)))
+        cut = len(x) > limit or len(prompt) + longest > block_size
+        counts["with a prompt that lost its first tokens"] += cut
+        counts["repeat an earlier pair"] += hash((x, y_w, y_l)) in seen
+        counts["contradict an earlier pair"] += hash((x, y_l, y_w)) in seen
+        seen.add(hash((x, y_w, y_l)))  # a hash needs less memory than the texts
+    too_long = sum(size > block_size for size in needed)
+    if too_long:
+        advice = suggested_size(np.array(needed), block_size, largest)
+        counts[f"dropped: a completion over half of --block_size {block_size}{advice}"] = too_long
     return pairs, dict(+counts), checksum  # + removes zeros
+
+
+def suggested_size(needed, block_size, largest):
+    """Text with the smallest power of two above block_size that keeps 95 % of the pairs."""
+    for size in (2**k for k in range(5, 14) if block_size < 2**k <= largest):
+        share = np.mean(needed <= size)
+        if share > 0.95 or 2 * size > largest:
+            return f"; {size} keeps {share:.0%}"
+    return ""
 
 
 def split_pairs(pairs, fraction, block_size, seed):

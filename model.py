@@ -10,7 +10,7 @@ import math
 import os
 import zipfile
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ GPT2_NETWORK = {  # fields of config.json that change the network, and supported
     "model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "layer_norm_epsilon": (1e-5,), "tie_word_embeddings": (True,), "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)}
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass
@@ -162,6 +163,9 @@ class GPT(nn.Module):
         masks = (".attn.bias", ".attn.masked_bias")  # old files contain the causal masks
         weights = {name.removeprefix("transformer."): w.T if name.endswith(TRANSPOSED) else w
                    for name, w in weights.items() if not name.endswith(masks)}
+        for name, w in weights.items():
+            if w.dtype not in FLOATS or w.layout != torch.strided or w.is_meta:
+                raise ValueError(f"{name}: expected a dense tensor of float numbers")
         for name in ("wte.weight", "wpe.weight"):
             if name not in weights or weights[name].dim() != 2:
                 raise ValueError(f"not weights of GPT-2: expected a matrix {name}")
@@ -194,34 +198,44 @@ class GPT(nn.Module):
     def load(cls, path, n_head=None):
         """A GPT from a file that save wrote, or from GPT-2's pytorch_model.bin. The latter needs
         config.json beside it, a published width, or n_head. Raises ValueError or OSError."""
-        weights, tokenizer = load_checkpoint(path), "gpt2"
+        weights, tokenizer, config = load_checkpoint(path), "gpt2", {}
+        config_path = Path(path).with_name("config.json")
         if "weights" in weights:  # save wrote this file
             n_head, tokenizer = weights.get("n_head"), weights.get("tokenizer")
             weights = weights["weights"]
-        elif (config := Path(path).with_name("config.json")).exists():
-            n_head = read_n_head(config)
+        elif config_path.exists():
+            config = read_config(config_path)
+            n_head = config["n_head"]
         if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
             raise ValueError(f"{path}: not the weights of a GPT")
         try:
-            return cls.from_gpt2(weights, n_head, tokenizer)
+            model = cls.from_gpt2(weights, n_head, tokenizer)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+        sizes = asdict(model.config) | {"n_positions": model.config.block_size}
+        for name in ("vocab_size", "n_positions", "n_layer", "n_embd"):
+            if config.get(name, sizes[name]) != sizes[name]:
+                raise ValueError(f"{config_path}: {name} is {config[name]}, but {path} has "
+                                 f"{sizes[name]}")
+        return model
 
     def save(self, path):
         save_checkpoint(path, {"weights": self.to_gpt2(), "n_head": self.config.n_head,
                                "tokenizer": self.config.tokenizer})  # the arguments of from_gpt2
 
 
-def read_n_head(path):
-    """n_head in GPT-2's config.json. Raises ValueError if it describes another network."""
+def read_config(path):
+    """GPT-2's config.json as a dict. Raises ValueError if it describes another network."""
     try:
         config = {"n_head": 12} | json.loads(path.read_text(encoding="utf-8"))
-    except (TypeError, ValueError) as error:
+    except (RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: expected a JSON object: {error}") from None
     for name, accepted in GPT2_NETWORK.items():
         if config.get(name, accepted[0]) not in accepted:
-            raise ValueError(f"{path}: expected {name} {accepted[0]!r}, got {config[name]!r}")
-    return config["n_head"]
+            raise ValueError(f"{path}: expected {name} {accepted[0]!r}, got {config[name]!r:.60}")
+    if type(config["n_head"]) is not int:  # True would be an int too
+        raise ValueError(f"{path}: expected an integer n_head, got {config['n_head']!r:.60}")
+    return config
 
 
 def load_checkpoint(path):

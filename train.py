@@ -173,6 +173,8 @@ def run_stage(run, stage, model, examples, objective, steps, peak, held_out_pair
     # The paper uses RMSprop. Weight decay would pull the weights to 0, not to the reference.
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0, fused=True)
     done = run.restore(stage, model, optimizer)
+    if done == 0:  # a resumed run then starts from the same weights
+        run.save(stage, 0, model, optimizer if steps else None)
     batches = data.batches(examples, cfg.batch_size, cfg.seed)
     batches = itertools.islice(batches, done, None)  # without those that an earlier run used
     names = [name for name in COLUMNS if name == "loss" or stage == "DPO"]
@@ -190,13 +192,18 @@ def run_stage(run, stage, model, examples, objective, steps, peak, held_out_pair
         if is_tenth:
             means = [np.mean([row[name] for row in recent if name in row]) for name in names]
             left = (time.perf_counter() - began) / (step - done) * (steps - step)
-            eta = f"{left:.0f}s" if left < 100 else f"{left / 60:.0f}m"
-            cells = [f"{mean:8.3f}" if abs(mean) < 1000 else f"{mean:8.1e}" for mean in means]
-            print(f"{stage:4}{f'{step}/{steps}':>9}", *cells, f"{eta:>3}", flush=True)
+            print_row(stage, step, steps, means, left)
             recent = []
         if step % cfg.save_every == 0 or step == steps:
             run.save(stage, step, model, optimizer if step < steps else None)
     optimizer.zero_grad()  # frees the gradients
+
+
+def print_row(stage, step, steps, means, seconds_left):
+    position = f"{step}/{steps}" if steps < 10**4 else f"{step:,}"
+    cells = [f"{mean:8.3f}" if abs(mean) < 1000 else f"{mean:8.1e}" for mean in means]
+    eta = f"{seconds_left:.0f}s" if seconds_left < 100 else f"{seconds_left / 60:.0f}m"
+    print(f"{stage:4}{position:>9}", *cells, f"{eta:>3}", flush=True)
 
 
 class Run:
@@ -207,28 +214,34 @@ class Run:
         """Open a new folder or, with --resume, an earlier run's. Raises ValueError or OSError."""
         self.cfg, self.out = cfg, Path(cfg.out)
         state, metrics = self.out / "state.pt", self.out / "metrics.jsonl"
+        if self.out.exists() and not self.out.is_dir():
+            raise ValueError(f"--out {cfg.out}: expected a folder, but it is a file")
         may_differ = ("data", "out", "save_every", "resume")
         settings = {name: x for name, x in asdict(cfg).items() if name not in may_differ}
-        settings["checksum of all texts"] = checksum
+        settings["checksum of the texts in --data"] = checksum
         if cfg.resume:
             if not state.exists():
                 raise ValueError(f"{cfg.out}: there is no run to continue; start it without "
                                  "--resume")
             self.state = load_checkpoint(state)
+            if "settings" not in self.state:
+                raise ValueError(f"{state}: not the state of a run")
             for name, now in settings.items():
-                if (saved := self.state.get("settings", {}).get(name)) != now:
+                if (saved := self.state["settings"].get(name)) != now:
                     raise ValueError(f"{state}: {name} was {saved}, now it is {now}")
+            if metrics.stat().st_size < self.state["metrics_size"]:
+                raise ValueError(f"{metrics} is shorter than it was when state.pt was saved")
         elif any((self.out / name).exists() for name in FILES):
-            raise ValueError(f"{cfg.out} holds an earlier run: continue it with --resume, or "
-                             "choose another folder with --out")
+            advice = "continue it with --resume, or " if state.exists() else ""
+            raise ValueError(f"{cfg.out} holds an earlier run: {advice}choose another folder with "
+                             "--out")
         else:
             self.out.mkdir(parents=True, exist_ok=True)
             self.state = {"settings": settings, "metrics_size": 0}
             save_checkpoint(state, self.state)
         self.metrics = open(metrics, "ab")
-        if self.metrics.tell() < self.state["metrics_size"]:
-            raise ValueError(f"{metrics} is shorter than it was when state.pt was saved")
         self.metrics.truncate(self.state["metrics_size"])
+        self.metrics.seek(0, 2)  # to the new end, which save asks for
 
     def restore(self, stage, model, optimizer):
         """Restore the weights and the optimizer of a stage. Returns the number of steps done."""
@@ -308,8 +321,9 @@ class FileTask:
 
     def __init__(self, cfg):
         self.cfg, self.tokenizer = cfg, data.get_tokenizer(cfg.tokenizer)
-        texts = data.read_jsonl(cfg.data)
-        pairs, counts, self.checksum = data.encode_pairs(texts, self.tokenizer, cfg.block_size)
+        pairs, counts, self.checksum = data.encode_pairs(
+            data.read_jsonl(cfg.data), self.tokenizer, cfg.block_size,
+            largest=8192 if cfg.init is None else cfg.block_size)
         self.training_pairs, self.held_out_pairs = data.split_pairs(
             pairs, cfg.held_out, cfg.block_size, cfg.seed)
         total = counts.pop("in the file", 0)
@@ -502,6 +516,7 @@ def load_model(cfg):
     has, needs = model.config.vocab_size, data.get_tokenizer(cfg.tokenizer).n_vocab
     if has != needs:
         raise ValueError(f"{cfg.init} has a vocabulary of {has}, but its tokenizer has {needs}")
+    cfg.__post_init__()  # checks the settings that were filled in
     return model
 
 
@@ -522,17 +537,18 @@ def prepare(model, tokenizer, cfg):
 def fail(error):
     """Print one line and exit with code 2."""
     if isinstance(error, OSError) and error.filename is not None:
-        error = f"{error.filename}: {error.strerror}"
-    print("error:", str(error).split("\n")[0], file=sys.stderr)
+        error = f"{error.filename or 'an empty path'}: {error.strerror}"
+    print("error:", str(error).replace("\n", " "), file=sys.stderr)
     sys.exit(2)
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # for a terminal without Greek letters
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="replace")  # for a terminal without Greek letters
     try:
         main()
     except KeyboardInterrupt:
-        print("\nstopped; --resume continues from the last saved state", file=sys.stderr)
+        print("\nstopped; if a state was saved, --resume continues from it", file=sys.stderr)
         sys.exit(130)
     except (OSError, FloatingPointError) as error:
         fail(error)

@@ -234,7 +234,7 @@ def test_examples_of_similar_length_are_shuffled():
 GOOD = b'{"prompt": "p", "chosen": "a", "rejected": "b"}\n'
 ROW = {"prompt": "p", "chosen": "a", "rejected": "b"}
 MESSAGES = [{"role": "user", "content": "hi"}]
-NOT_JSON, NOT_STRINGS = "expected one JSON object per line: ", 'expected strings for "prompt", "chosen" and "rejected", but '
+NOT_JSON, NOT_STRINGS = "expected one JSON object per line, as the README shows, but got b", 'expected strings for "prompt", "chosen" and "rejected", but '
 BAD = [  # a line, and what the error says about it
     (b"not json\n", NOT_JSON), (b"prompt,chosen,rejected\n", NOT_JSON), (b"{\n", NOT_JSON), (b"{'prompt': 'p'}\n", NOT_JSON),
     (GOOD[:-2] + b"\n", NOT_JSON), (GOOD[:-1] * 2 + b"\n", NOT_JSON), (GOOD.replace(b"a", b"\x00"), NOT_JSON),
@@ -245,7 +245,7 @@ BAD = [  # a line, and what the error says about it
     (b'{"question": "p", "chosen": "a", "rejected": "b"}\n', NOT_STRINGS + "\"prompt\" is not in ['question', 'chosen', 'rejected']"),
     *[(json.dumps(ROW | {key: value}).encode() + b"\n", f'{NOT_STRINGS}"{key}" is {value!r:.60}; the README shows how to convert')
       for key in ROW for value in (None, 7, True, [], MESSAGES, {"role": "user"}, ["x"] * 1000)],
-    (json.dumps([ROW]).encode(), "this is a JSON array; write one object per line"), (b"[\n", "this is a JSON array"),
+    (json.dumps([ROW]).encode(), "this is a JSON array; write one object per line"), (b" [\n", "this is a JSON array"),
     (gzip.compress(GOOD), "this is compressed by gzip; unpack it first"), (b"PK\x03\x04\n", "this is a zip archive"),
     (json.dumps(ROW).encode("utf-16"), "this is UTF-16; save it as UTF-8"), (json.dumps(ROW).encode("utf-16")[:2], "this is UTF-16"),
     (b"\xfe\xff\x00{\n", "this is UTF-16"), (b"PAR1\x15\x04\n", "this is a Parquet file"),
@@ -270,7 +270,8 @@ def test_a_file_from_windows_and_lone_surrogates_are_read(tmp_path, tokenizer):
     path.write_bytes(b"\xef\xbb\xbf" + GOOD.replace(b"\n", b"\r\n") + b"\r\n \t\n" + surrogate[:-1])
     assert list(data.read_jsonl(path)) == [["p", "a", "b"], ["p\u00e9\ud800", "a", "b"]]
     assert len(data.encode_pairs(data.read_jsonl(path), tokenizer, 64)[0]) == 2
-    path.write_bytes(b"\n \n")
+    assert data.encode_pairs([["p", "\ud800", "\ud801"]], tokenizer, 64)[1]["dropped: the completions are identical"] == 1  # same ids
+    path.write_bytes(b"\xef\xbb\xbf\n \n")
     assert list(data.read_jsonl(path)) == []
     for missing in (tmp_path / "none", tmp_path):
         with pytest.raises(OSError):
@@ -292,7 +293,7 @@ def test_pairs_are_dropped_cut_and_counted(tokenizer):
              ("q", "", "y"), ("q", "x", " \n"), ("q", "", ""), ("", "x", "y")]
     pairs, counts, _ = data.encode_pairs(texts, tokenizer, 16)
     assert counts == {"in the file": 15, "dropped: the completions are identical": 1, "dropped: a text is blank": 4,
-                      "dropped: a completion is longer than half of --block_size 16 (--block_size 64 keeps 100%)": 2,
+                      "dropped: a completion over half of --block_size 16; 32 keeps 100%": 2,
                       "with a prompt that lost its first tokens": 1, "repeat an earlier pair": 2, "contradict an earlier pair": 1}
     decoded = [tuple(tokenizer.decode(ids) for ids in pair) for pair in pairs]
     eos = "<|endoftext|>"
@@ -306,18 +307,20 @@ def test_the_suggested_block_size_keeps_the_stated_share(tokenizer):
     texts = [("q", "a" * k, "b") for k in [100] * 60 + [400] * 37 + [600] * 2 + [2_000_000]]
     pairs, counts, _ = data.encode_pairs(texts, tokenizer, 256)
     [line] = [name for name in counts if "--block_size" in name]
-    assert counts[line] == 40 and len(pairs) == 60 and line.endswith("(--block_size 1024 keeps 97%)")
+    assert counts[line] == 40 and len(pairs) == 60 and line.endswith("--block_size 256; 1024 keeps 97%")
     assert len(data.encode_pairs(texts, tokenizer, 1024)[0]) == 97
     [line] = data.encode_pairs([("q", "a" * 9000, "b")], tokenizer, 256)[1].keys() - {"in the file"}
-    assert line.endswith("(--block_size 8192 keeps 0%)")
+    assert line.endswith("--block_size 256; 8192 keeps 0%")
     for size, share in ((16, "512 keeps 97%"), (512, "1024 keeps 97%")):  # never a smaller one, and cut texts are estimated
         texts = [("q", "a b " * 60, "b")] * 97 + [("q", "a" * 10**6, "b")] * 3 if size == 16 else [("q", "a" * 100, "b")] * 50 + [("q", "a" * 300, "b")] * 47 + [("q", "a" * 9000, "b")] * 3
         [line] = [name for name in data.encode_pairs(texts, tokenizer, size)[1] if "--block_size" in name]
-        assert line.endswith(f"(--block_size {share})")
+        assert line.endswith(f"--block_size {size}; {share}")
 
 
 def test_a_very_long_prompt_keeps_its_end(tokenizer):
     pairs, counts, _ = data.encode_pairs([(" " * 1_200_000 + "a" * 30_000 + "z", "x", "y")], tokenizer, 64)
+    assert data.encode_pairs([("a" * 5000, "x", "y")], tokenizer, 64, largest=64)[1]["with a prompt that lost its first tokens"] == 1
+    assert data.encode_pairs([("q", "a" * 500, "y")], tokenizer, 64, largest=64)[1].keys() == {"in the file", "dropped: a completion over half of --block_size 64"}
     assert tokenizer.decode(pairs[0].prompt) == "a" * 61 + "z" and counts["with a prompt that lost its first tokens"] == 1
 
 
@@ -383,3 +386,9 @@ def test_a_vocabulary_that_cannot_be_downloaded_gives_a_one_line_error(monkeypat
     with pytest.raises(ValueError, match="^the gpt2 vocabulary .* --tokenizer toy needs no download$"):
         data.get_tokenizer("gpt2")
     assert data.get_tokenizer("toy").name == "toy"
+
+
+@pytest.mark.parametrize("name", ["", "foo", None])
+def test_an_unknown_tokenizer_is_named(name):
+    with pytest.raises(ValueError, match=f"^unknown tokenizer {name!r}; expected toy or one of tiktoken's$"):
+        data.get_tokenizer(name)

@@ -139,7 +139,7 @@ def test_ctrl_c_ends_a_run_with_one_line_and_resume_continues_it(tmp_path, flags
     process.join(20)
     printed = (tmp_path / "out.log").read_text()
     assert process.exitcode == 130 and "Traceback" not in printed
-    assert printed.endswith("\nstopped; --resume continues from the last saved state\n")
+    assert printed.endswith("\nstopped; if a state was saved, --resume continues from it\n")
     assert finish(*TINY, *flags, "--out", out, "--resume")[0] == 0
 
 
@@ -178,11 +178,26 @@ def refused(*arguments, capsys):
 def test_a_folder_with_an_earlier_run_is_refused_without_resume(copied, tmp_path, capsys):
     expected = f"error: {copied} holds an earlier run: continue it with --resume, or choose another folder with --out\n"
     assert refused(*TINY, "--out", copied, capsys=capsys) == expected
-    for name in ("state.pt", "metrics.jsonl", "sft.pt", "dpo.pt"):
+    for name in ("metrics.jsonl", "sft.pt", "dpo.pt"):  # without a state there is nothing to continue
         folder = tmp_path / name
         folder.mkdir()
         shutil.copy(copied / name, folder)
-        assert "holds an earlier run" in refused(*TINY, "--out", folder, capsys=capsys)
+        assert refused(*TINY, "--out", folder, capsys=capsys) == f"error: {folder} holds an earlier run: choose another folder with --out\n"
+
+
+def test_resume_starts_from_the_weights_that_the_run_began_with(whole, tmp_path):
+    """Without SFT too: the file behind --init may have changed in the meantime."""
+    flags = [*TINY[4:], "--init", str(tmp_path / "init.pt"), "--sft_steps", "0", "--out"]
+    shutil.copy(whole[0] / "sft.pt", tmp_path / "init.pt")
+    train.main([*flags, str(tmp_path / "a")])
+    out = tmp_path / "b"
+    process = start(*flags, out)
+    wait_for(process, out, "DPO      4/40")
+    process.kill()
+    process.join()
+    shutil.copy(whole[0] / "dpo.pt", tmp_path / "init.pt")
+    train.main([*flags, str(out), "--resume"])
+    assert same(outcome(tmp_path / "a"), outcome(out))
 
 
 @pytest.mark.parametrize("name, value, before", [
@@ -200,7 +215,7 @@ def test_resume_with_another_text_is_refused_and_with_a_moved_file_it_continues(
         assert old in text
         (tmp_path / "changed.jsonl").write_text(text.replace(old, new, 1))
         error = refused(*TINY, "--data", tmp_path / "changed.jsonl", "--out", copied, "--resume", capsys=capsys)
-        assert "state.pt: checksum of all texts was " in error
+        assert "state.pt: checksum of the texts in --data was " in error
     shutil.copy(PAIRS, tmp_path / "moved.jsonl")
     moved = copied.rename(tmp_path / "elsewhere")
     train.main([*TINY, "--data", str(tmp_path / "moved.jsonl"), "--save_every", "9", "--out", str(moved), "--resume"])
@@ -211,7 +226,9 @@ def test_resume_without_a_good_state_is_refused(whole, copied, capsys):
     (copied / "state.pt").unlink()
     assert "there is no run to continue; start it without --resume" in refused(*TINY, "--out", copied, "--resume", capsys=capsys)
     state = (whole[0] / "state.pt").read_bytes()
-    for wrong in ((copied / "sft.pt").read_bytes(), b"", b"rubbish", state[:-99], state[:9000] + bytes(99) + state[9099:]):
+    (copied / "state.pt").write_bytes((copied / "sft.pt").read_bytes())
+    assert "state.pt: not the state of a run" in refused(*TINY, "--out", copied, "--resume", capsys=capsys)
+    for wrong in (b"", b"rubbish", state[:-99], state[:9000] + bytes(99) + state[9099:]):
         (copied / "state.pt").write_bytes(wrong)
         assert "state.pt: " in refused(*TINY, "--out", copied, "--resume", capsys=capsys)
 
@@ -224,6 +241,8 @@ def test_metrics_are_cut_to_the_saved_length_and_shorter_ones_are_refused(whole,
     content = (copied / "metrics.jsonl").read_bytes()
     (copied / "metrics.jsonl").write_bytes(content[:1000])
     assert "metrics.jsonl is shorter than it was when state.pt was saved" in refused(*TINY, "--out", copied, "--resume", capsys=capsys)
+    (copied / "metrics.jsonl").unlink()
+    assert "metrics.jsonl: No such file or directory" in refused(*TINY, "--out", copied, "--resume", capsys=capsys)
 
 
 def test_a_loss_that_is_not_finite_is_one_line_and_the_last_state_stays(whole, tmp_path, capsys, monkeypatch):

@@ -276,8 +276,8 @@ def test_a_setting_out_of_its_range_is_refused_by_name(name, low, high, wrong):
     (["--beta", "x"], "argument --beta: invalid float value: 'x'"), (["--steps", "1.5"], "argument --steps: invalid int value: '1.5'"),
     (["--stepz", "3"], "unrecognized arguments: --stepz 3"), (["--ste", "3"], "unrecognized arguments: --ste 3"),
     (["--data", "nope.jsonl", "--tokenizer", "toy"], "nope.jsonl: No such file or directory"),
-    (["--data", "", "--tokenizer", "toy"], ": No such file or directory"),
-    (["--init", "nope.pt"], "nope.pt: No such file or directory"), (["--init", ""], ": No such file or directory"), (["--out", __file__], f"{__file__}: File exists"),
+    (["--data", "", "--tokenizer", "toy"], "an empty path: No such file or directory"),
+    (["--init", "nope.pt"], "nope.pt: No such file or directory"), (["--init", ""], "an empty path: No such file or directory"), (["--out", __file__], f"--out {__file__}: expected a folder, but it is a file"),
     (["--tokenizer", "gpt2"], "the toy task needs the tokenizer toy; give your pairs with --data"),
     (["--data", PAIRS, "--tokenizer", "toy", "--out", __file__ + "/x"], f"{__file__}/x: Not a directory"),
     (["--resume"], "{out}: there is no run to continue; start it without --resume")])
@@ -639,8 +639,14 @@ def test_dropped_pairs_are_announced_first_and_a_file_without_pairs_is_refused(t
     train.main([*OWN, "--data", write_pairs(tmp_path / "p.jsonl", rows), "--out", str(tmp_path / "out")])
     lines = capsys.readouterr().out.splitlines()
     assert lines[:7] == ["Warning: 7 of 9 pairs are dropped.", f"         9 pairs in {tmp_path}/p.jsonl", "         1 to train on", "         1 held out (--held_out 0.1)",
-                         "         1 dropped: a text is blank", "         6 dropped: a completion is longer than half of --block_size 256 (--block_size 512 keeps 100%)",
+                         "         1 dropped: a text is blank", "         6 dropped: a completion over half of --block_size 256; 512 keeps 100%",
                          "mean length: chosen 2.0, rejected 2.0 tokens"]
+
+
+def test_rows_of_long_runs_fit_80_columns(capsys):
+    for steps in (7, 1000, 9999, 10_000, 10**6):
+        train.print_row("DPO", steps, steps, [-999.999] * 7, 5900)
+    assert all(len(line) <= 80 for line in capsys.readouterr().out.splitlines())
 
 
 def test_very_large_figures_do_not_run_into_each_other(tmp_path, capsys):
@@ -679,6 +685,11 @@ def test_init_determines_tokenizer_and_sizes_and_contradictions_are_refused(smal
     with pytest.raises(SystemExit):
         train.main(["--init", str(tmp_path / "other.pt"), "--out", str(tmp_path / "out")])
     assert "other.pt has a vocabulary of 11, but its tokenizer has 299\n" in capsys.readouterr().err
+    for shape, message in ((dict(block_size=9000), "--block_size: expected 16 to 8192, got 9000"), (dict(block_size=15), "--block_size: expected 16 to 8192, got 15"),
+                           (dict(n_layer=0), "--n_layer: expected 1 to 1000, got 0")):
+        GPT(GPTConfig(299, n_embd=8, tokenizer="toy", **shape)).save(tmp_path / "odd.pt")
+        with pytest.raises(ValueError, match=message):
+            train.load_model(train.parse_settings(["--init", str(tmp_path / "odd.pt")]))
     torch.save(GPT(GPTConfig(299, n_embd=192)).to_gpt2(), tmp_path / "w.bin")
     cfg = train.parse_settings(["--init", str(tmp_path / "w.bin"), "--n_head", "3", "--data", PAIRS, "--tokenizer", "toy"])
     with pytest.raises(ValueError, match="--tokenizer toy: but .*w.bin has gpt2"):
