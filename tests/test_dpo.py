@@ -259,6 +259,23 @@ def test_metrics_have_no_gradient():
     assert losses.requires_grad and not any(values.requires_grad for values in metrics.values())
 
 
+@pytest.mark.parametrize("name", ["GPT2", "Llama"])
+def test_logps_are_minus_the_loss_of_the_transformers_library_times_its_tokens(name):
+    """Row by row, with labels -100 outside the mask, for random weights in float64."""
+    transformers = pytest.importorskip("transformers", reason="the transformers library is not installed")
+    torch.manual_seed(0)
+    if name == "GPT2":
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=4, n_positions=8, n_embd=16, n_layer=2, n_head=2)).double().eval()
+    else:
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+            vocab_size=4, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)).double().eval()
+    logps = sequence_logps(model(TOKENS).logits, TOKENS, MASK)
+    for i in range(2):
+        labels = torch.where(MASK[i:i + 1], TOKENS[i:i + 1], -100)
+        loss = model(TOKENS[i:i + 1], labels=labels).loss
+        assert logps[i].item() == pytest.approx(-loss.item() * MASK[i].sum().item(), abs=1e-6)
+
+
 def test_dpo_py_works_alone_in_another_folder(tmp_path):
     """It imports torch and nothing else."""
     imported = {name.name.split(".")[0] for node in ast.walk(ast.parse(open(dpo.__file__).read()))
