@@ -117,7 +117,8 @@ def check(model, scored_pairs, cfg):
 def memory(name, kind):
     """Peak of a child process that runs an epoch, MiB: resident on the CPU, allocated on a GPU."""
     code = f"from tests import benchmark as b; b.child({name!r}, {kind!r})"
-    return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+    printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    return float(printed.splitlines()[-1])  # lines of progress may come first
 
 
 def child(name, kind):
