@@ -499,7 +499,7 @@ def test_long_scoring_and_sampling_print_a_line_of_progress(monkeypatch, capsys)
 
 def test_the_trajectory_of_a_small_run_is_the_recorded_one():
     """20 losses and gradient norms, recorded with torch 2.13.0 on an AMD EPYC (AVX2). With baseline kernels, and with torch
-    2.6 and 2.14, no value differed by more than 5.1e-7, and no mean by more than 1.2e-7. Twenty and ten times that may."""
+    2.6 and 2.14, no value differed by more than 5.1e-7, and no mean by more than 1.2e-7. The bars are about ten times larger."""
     with open(ROOT / "tests" / "trajectory.json") as file:
         recorded = np.array(json.load(file))
     residuals = np.array(trajectory()) - recorded
