@@ -103,11 +103,15 @@ def sft_objective(model, rows, cfg, mean_length):
     return -completion_logps(model, rows, cfg) / mean_length, {}
 
 
+def rows_of(pairs):
+    """The chosen rows of all pairs, then their rejected rows."""
+    return [Row(p.prompt, p.chosen) for p in pairs] + [Row(p.prompt, p.rejected) for p in pairs]
+
+
 def dpo_objective(policy, pairs, cfg, logps_of=completion_logps):
     """Losses (B,) and metrics {name: (B,)} of a batch of ScoredPairs. logps_of computes log π(y|x):
     completion_logps for training, score for many pairs without gradient."""
-    rows = [Row(p.prompt, p.chosen) for p in pairs] + [Row(p.prompt, p.rejected) for p in pairs]
-    policy_chosen_logps, policy_rejected_logps = logps_of(policy, rows, cfg).chunk(2)
+    policy_chosen_logps, policy_rejected_logps = logps_of(policy, rows_of(pairs), cfg).chunk(2)
     ref_chosen_logps = policy_chosen_logps.new_tensor([p.ref_chosen_logp for p in pairs])
     ref_rejected_logps = policy_chosen_logps.new_tensor([p.ref_rejected_logp for p in pairs])
     losses, chosen_rewards, rejected_rewards = dpo_loss(
@@ -118,9 +122,8 @@ def dpo_objective(policy, pairs, cfg, logps_of=completion_logps):
 
 
 def score_pairs(reference, pairs, cfg):
-    """Pairs to ScoredPairs."""
-    rows = [Row(p.prompt, p.chosen) for p in pairs] + [Row(p.prompt, p.rejected) for p in pairs]
-    logps = score(reference, rows, cfg).tolist() if rows else []
+    """Pairs to ScoredPairs: add log π_ref(y|x) of both completions."""
+    logps = score(reference, rows_of(pairs), cfg).tolist() if pairs else []
     return [ScoredPair(*pair, logps[i], logps[i + len(pairs)]) for i, pair in enumerate(pairs)]
 
 

@@ -74,9 +74,8 @@ def epoch(model, reference, pairs, cfg, savings, scored_pairs):
 
     def objective(model, batch, cfg):
         if "constant" not in savings:
-            rows = [data.Row(p.prompt, p.chosen) for p in batch] + [data.Row(p.prompt, p.rejected) for p in batch]
             with torch.no_grad():
-                chosen, rejected = logps_of(reference, rows, cfg).view(2, -1).tolist()
+                chosen, rejected = logps_of(reference, train.rows_of(batch), cfg).view(2, -1).tolist()
             batch = [data.ScoredPair(*p[:3], y_w, y_l) for p, y_w, y_l in zip(batch, chosen, rejected, strict=True)]
         return train.dpo_objective(model, batch, cfg, logps_of)
 
