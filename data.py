@@ -126,15 +126,21 @@ def parse_line(line):
     return [record[key] for key in KEYS]
 
 
+def progress(items, what):
+    """Yield the items. About every 10 seconds, print how many are done."""
+    printed = time.perf_counter()
+    for done, item in enumerate(items):
+        if time.perf_counter() - printed > 10:
+            print(f"{done:,} {what}", flush=True)
+            printed = time.perf_counter()
+        yield item
+
+
 def read_jsonl(path):
     """Yield [prompt, chosen, rejected] for each line that is not blank. Raises OSError, or
     ValueError "path:line: what is wrong"."""
-    printed = time.perf_counter()
     with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if time.perf_counter() - printed > 10:
-                print(f"{number:,} lines of {path} read", flush=True)
-                printed = time.perf_counter()
+        for number, line in enumerate(progress(file, f"lines of {path} read"), 1):
             line = line.removeprefix(b"\xef\xbb\xbf")  # byte order mark of UTF-8
             if line.strip():
                 try:
@@ -144,13 +150,12 @@ def read_jsonl(path):
                 yield texts
 
 
-def encode_pairs(texts, tokenizer, block_size, largest=8192):
+def encode_pairs(texts, tokenizer, block_size):
     """Encode an iterable of [prompt, chosen, rejected]. Returns [Pair of int32 arrays],
     {what happened: number of pairs} and a checksum of the texts.
 
     A pair is dropped if a text is blank, if its completions are identical, or if one of them is
-    longer than half of block_size. A prompt that is too long loses its first tokens. largest is
-    the largest block_size that may be suggested.
+    longer than half of block_size. A prompt that is too long loses its first tokens.
     """
     pairs, needed, seen, checksum, counts = [], [], set(), 0, Counter()
     limit = 64 * block_size  # characters. It bounds the time that a very long text takes.
@@ -177,37 +182,27 @@ def encode_pairs(texts, tokenizer, block_size, largest=8192):
         counts["repeat an earlier pair"] += hash((x, y_w, y_l)) in seen
         counts["contradict an earlier pair"] += hash((x, y_l, y_w)) in seen
         seen.add(hash((x, y_w, y_l)))  # a hash needs less memory than the texts
-    too_long = sum(size > block_size for size in needed)
-    if too_long:
-        advice = suggested_size(np.array(needed), block_size, largest)
-        counts[f"dropped: a completion over half of --block_size {block_size}{advice}"] = too_long
+    enough = np.quantile(needed or [0], 0.95, method="higher")
+    counts[f"dropped: a completion over half of --block_size {block_size}; {enough:.0f} would keep "
+           "95% of the pairs"] = sum(size > block_size for size in needed)
     return pairs, dict(+counts), checksum  # + removes zeros
-
-
-def suggested_size(needed, block_size, largest):
-    """Text with the smallest power of two above block_size that keeps 95 % of the pairs."""
-    for size in (2**k for k in range(5, 14) if block_size < 2**k <= largest):
-        share = np.mean(needed <= size)
-        if share > 0.95 or 2 * size > largest:
-            return f"; {size} keeps {share:.0%}"
-    return ""
 
 
 def split_pairs(pairs, fraction, block_size, seed):
     """Hold out a fraction of the prompts, with all of their pairs: (training, held-out pairs).
 
-    A hash of the prompt and the seed chooses them. If fraction > 0, it is at least one of two or
-    more prompts, never all. Prompts with the same last block_size // 2 tokens count as one, since
-    a cut may keep only these.
+    A hash of the prompt and the seed orders them. If fraction > 0, at least one of two or more
+    prompts is held out, never all. Prompts with the same last block_size // 2 tokens count as one,
+    since a cut may keep only these.
     """
-    keys = [f"{seed} {pair.prompt[-(block_size // 2):].tolist()}" for pair in pairs]
-    digests = [hashlib.sha256(key.encode()).digest() for key in keys]
-    prompts = sorted(set(digests))
-    n = round(fraction * len(prompts)) or math.ceil(fraction)  # at least 1, unless fraction is 0
-    held_out = set(prompts[:min(n, len(prompts) - 1)])
-    training = [pair for pair, digest in zip(pairs, digests) if digest not in held_out]
-    rest = sorted((digest, i) for i, digest in enumerate(digests) if digest in held_out)
-    return training, [pairs[i] for _, i in rest]  # sorted by the hash, so in random order
+    def key(pair):
+        end = pair.prompt[-(block_size // 2):].tolist()
+        return hashlib.sha256(f"{seed} {end}".encode()).digest()
+
+    groups = [list(group) for _, group in itertools.groupby(sorted(pairs, key=key), key)]
+    n = round(fraction * len(groups)) or math.ceil(fraction)  # at least 1, unless fraction is 0
+    n = max(0, min(n, len(groups) - 1))
+    return list(itertools.chain(*groups[n:])), list(itertools.chain(*groups[:n]))
 
 
 # The toy task

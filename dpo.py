@@ -28,11 +28,10 @@ def sequence_logps(logits, tokens, mask):
     mask   (B, T)     True on the completion and its EOS, False on the prompt and on padding.
                       Build it from lengths, because EOS and padding may have the same id.
     returns (B,)      nats, ≤ 0; float32, or float64 if the logits are float64
-    raises ValueError if the shapes differ, or if the mask of a row is True on its first token or
-                      nowhere
+    raises ValueError if shapes differ, or if a row's mask is True on its first token or nowhere
 
-    This is a sum, by the chain rule. Under a mean, β would become β/|y| for a completion of |y|
-    tokens. Worked value: logits log [[.1 .9] [.3 .7] [.5 .5]], tokens [0 1 0], mask [0 1 1]:
+    This is a sum, by the chain rule. Under a mean, β would become β/|y| for |y| tokens.
+    Worked value: logits log [[.1 .9] [.3 .7] [.5 .5]], tokens [0 1 0], mask [0 1 1]:
     log .9 + log .3 = -1.309333.
     """
     mask = mask.bool()
@@ -40,8 +39,8 @@ def sequence_logps(logits, tokens, mask):
     if len(shape) != 2 or mask.shape != shape:
         raise ValueError(f"expected tokens and mask (B, T), got {shape} and {tuple(mask.shape)}")
     if mask[:, :1].any():
-        raise ValueError("expected mask False on each row's first token, which no logits predict. "
-                         "Set it True only on the completion and its EOS")
+        raise ValueError("expected mask False on each row's first token, which no logits predict: "
+                         "set it True only on the completion and its EOS")
     scored = mask[:, 1:]  # (B, T-1): the logits at position t predict token t + 1
     if not scored.any(-1).all():
         raise ValueError("expected a scored token in every row, but the mask of a row has none")
@@ -67,23 +66,20 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_r
         loss = -log σ(r̂(x, y_w) - r̂(x, y_l))                          Eq. 7
         ∇loss = -β σ(r̂_l - r̂_w) (∇log π_θ(y_w|x) - ∇log π_θ(y_l|x))   §4
 
-    four log-probabilities (B,)  nats, from sequence_logps. Compute those of the reference under
-                     torch.no_grad().
+    four logps (B,)  nats, from sequence_logps. Compute the reference's under torch.no_grad().
     beta             > 0, in reward per nat. A larger β keeps the optimum closer to the reference.
-    label_smoothing  ε in [0, 0.5): the fraction of labels that you believe are flipped. It is not
-                     in the paper ("conservative DPO"):
-                     loss = -(1-ε) log σ(r̂_w - r̂_l) - ε log σ(r̂_l - r̂_w)
-    returns (losses, chosen_rewards, rejected_rewards), each (B,). Train on losses.mean(). The
-                     rewards include β and have no gradient.
-    raises ValueError if the shapes differ, the reference has a gradient, or an option is out of
-                     range
+    label_smoothing  ε in [0, 0.5), the fraction of labels that you believe are flipped. It is not
+                     in the paper: loss = -(1-ε) log σ(r̂_w - r̂_l) - ε log σ(r̂_l - r̂_w)
+    returns          (losses, chosen_rewards, rejected_rewards), each (B,). Train on losses.mean().
+                     The rewards include β and have no gradient.
+    raises ValueError if shapes differ, the reference has a gradient or an option is out of range
 
     Worked value: (-3, -2, -2.5, -2.2) at β = 0.3: margin 0.3 ((-3 + 2.5) - (-2 + 2.2)) = -0.21,
     loss -log σ(-0.21) = 0.803650. If policy and reference are equal, the loss is ln 2 = 0.693147.
     """
     logps = (policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
     if len({x.shape for x in logps}) != 1:
-        shapes = ", ".join(str(tuple(x.shape)) for x in logps)
+        shapes = [tuple(x.shape) for x in logps]
         raise ValueError(f"expected four log-probabilities of one shape, got {shapes}")
     if ref_chosen_logps.requires_grad or ref_rejected_logps.requires_grad:
         raise ValueError("expected reference log-probabilities without gradient, because the "
@@ -123,8 +119,7 @@ def optimal_logps(ref_logps, rewards, beta):
     ref_logps, rewards (..., K)  of all K completions of a prompt; beta > 0
     returns (..., K)             nats; log_softmax subtracts log Z(x)
 
-    The expected DPO loss has the same optimum. This needs pairs that cover all completions,
-    Bradley-Terry labels with rewards r (Eq. 1), and label_smoothing 0.
-    Worked value: π_ref (½, ½), rewards (ln 3, 0), β = 1: π* = (¾, ¼).
+    The expected DPO loss has the same optimum if the pairs cover all completions, the labels are
+    Bradley-Terry (Eq. 1) and unsmoothed. Worked value: π_ref (½, ½), r (ln 3, 0), β = 1: π* (¾, ¼).
     """
     return torch.log_softmax(ref_logps + rewards / beta, dim=-1)

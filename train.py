@@ -86,14 +86,11 @@ def score(model, rows, cfg):
     """log π(y|x) of any number of rows, in their order and without gradient: (len(rows),), nats."""
     lengths = np.array([data.length(row) for row in rows])
     order = np.argsort(-lengths, kind="stable")  # the longest first, so there is little padding
-    logps, done, printed = [], 0, time.perf_counter()
-    while done < len(rows):
-        batch = order[done:done + max(1, MAX_TOKENS // lengths[order[done]])]
-        logps.append(completion_logps(model, [rows[i] for i in batch], cfg))
-        done += len(batch)
-        if time.perf_counter() - printed > 10:
-            print(f"{done:,} of {len(rows):,} completions scored", flush=True)
-            printed = time.perf_counter()
+    batch_of = np.cumsum(lengths[order]) // MAX_TOKENS  # number of each row's batch
+    logps = []
+    for number in data.progress(np.unique(batch_of), f"of {batch_of[-1] + 1:,} batches scored"):
+        batch = [rows[i] for i in order[batch_of == number]]
+        logps.append(completion_logps(model, batch, cfg))
     return torch.cat(logps)[np.argsort(order)]
 
 
@@ -108,12 +105,16 @@ def rows_of(pairs):
     return [Row(p.prompt, p.chosen) for p in pairs] + [Row(p.prompt, p.rejected) for p in pairs]
 
 
-def dpo_objective(policy, pairs, cfg, logps_of=completion_logps):
-    """Losses (B,) and metrics {name: (B,)} of a batch of ScoredPairs. logps_of computes log π(y|x):
-    completion_logps for training, score for many pairs without gradient."""
-    policy_chosen_logps, policy_rejected_logps = logps_of(policy, rows_of(pairs), cfg).chunk(2)
-    ref_chosen_logps = policy_chosen_logps.new_tensor([p.ref_chosen_logp for p in pairs])
-    ref_rejected_logps = policy_chosen_logps.new_tensor([p.ref_rejected_logp for p in pairs])
+def dpo_objective(policy, pairs, cfg):
+    """Losses (B,) and metrics {name: (B,)} of a batch of ScoredPairs."""
+    return pair_losses(completion_logps(policy, rows_of(pairs), cfg), pairs, cfg)
+
+
+def pair_losses(policy_logps, pairs, cfg):
+    """Losses and metrics of ScoredPairs from the policy's log π(y|x) of rows_of(pairs)."""
+    policy_chosen_logps, policy_rejected_logps = policy_logps.chunk(2)
+    ref_chosen_logps = policy_logps.new_tensor([p.ref_chosen_logp for p in pairs])
+    ref_rejected_logps = policy_logps.new_tensor([p.ref_rejected_logp for p in pairs])
     losses, chosen_rewards, rejected_rewards = dpo_loss(
         policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, cfg.beta,
         label_smoothing=cfg.label_smoothing)
@@ -129,7 +130,7 @@ def score_pairs(reference, pairs, cfg):
 
 def evaluate(policy, pairs, cfg):
     """Mean DPO loss and metrics of any number of ScoredPairs, without gradient: {name: number}."""
-    losses, metrics = dpo_objective(policy, pairs, cfg, logps_of=score)
+    losses, metrics = pair_losses(score(policy, rows_of(pairs), cfg), pairs, cfg)
     return {name: values.mean().item() for name, values in {"loss": losses, **metrics}.items()}
 
 
@@ -217,27 +218,24 @@ class Run:
         """Open a new folder or, with --resume, an earlier run's. Raises ValueError or OSError."""
         self.cfg, self.out = cfg, Path(cfg.out)
         state, metrics = self.out / "state.pt", self.out / "metrics.jsonl"
-        if self.out.exists() and not self.out.is_dir():
-            raise ValueError(f"--out {cfg.out}: expected a folder, but it is a file")
         may_differ = ("data", "out", "save_every", "resume")
         settings = {name: x for name, x in asdict(cfg).items() if name not in may_differ}
         settings["checksum of the texts in --data"] = checksum
         if cfg.resume:
             if not state.exists():
-                raise ValueError(f"{cfg.out}: there is no run to continue; start it without "
-                                 "--resume")
+                raise ValueError(f"{cfg.out}: there is no run to continue; leave out --resume")
             self.state = load_checkpoint(state)
             if "settings" not in self.state:
                 raise ValueError(f"{state}: not the state of a run")
-            for name, now in settings.items():
-                if (saved := self.state["settings"].get(name)) != now:
+            for name, saved in self.state["settings"].items():
+                if settings.get(name) != saved:
+                    now = settings.get(name)
                     raise ValueError(f"{state}: {name} was {saved}, now it is {now}")
             if metrics.stat().st_size < self.state["metrics_size"]:
                 raise ValueError(f"{metrics} is shorter than it was when state.pt was saved")
         elif any((self.out / name).exists() for name in FILES):
-            advice = "continue it with --resume, or " if state.exists() else ""
-            raise ValueError(f"{cfg.out} holds an earlier run: {advice}choose another folder with "
-                             "--out")
+            raise ValueError(f"{cfg.out} holds an earlier run: continue it with --resume, or "
+                             "choose another folder with --out")
         else:
             self.out.mkdir(parents=True, exist_ok=True)
             self.state = {"settings": settings, "metrics_size": 0}
@@ -325,8 +323,7 @@ class FileTask:
     def __init__(self, cfg):
         self.cfg, self.tokenizer = cfg, data.get_tokenizer(cfg.tokenizer)
         pairs, counts, self.checksum = data.encode_pairs(
-            data.read_jsonl(cfg.data), self.tokenizer, cfg.block_size,
-            largest=8192 if cfg.init is None else cfg.block_size)
+            data.read_jsonl(cfg.data), self.tokenizer, cfg.block_size)
         self.training_pairs, self.held_out_pairs = data.split_pairs(
             pairs, cfg.held_out, cfg.block_size, cfg.seed)
         total = counts.pop("in the file", 0)
@@ -363,11 +360,8 @@ def sample(model, prompts, max_new_tokens, cfg, tokenizer):
     """One completion y ~ π(·|x) per prompt, as ids. The same arguments give the same samples."""
     generator = torch.Generator(cfg.device).manual_seed(cfg.seed)
     n = max(1, 2 * MAX_TOKENS // (max(map(len, prompts)) + max_new_tokens))
-    samples, printed = [], time.perf_counter()
-    for i in range(0, len(prompts), n):
-        if time.perf_counter() - printed > 10:
-            print(f"{i:,} of {len(prompts):,} completions sampled", flush=True)
-            printed = time.perf_counter()
+    samples = []
+    for i in data.progress(range(0, len(prompts), n), f"batches of {n} completions sampled"):
         samples += model.sample(prompts[i:i + n], max_new_tokens, 1.0, tokenizer.eot_token,
                                 generator)
     return samples
@@ -471,16 +465,13 @@ class Config:
             defaults = {"sft_learning_rate": 4e-3, "learning_rate": 1e-3, "beta": 1.0,
                         "tokenizer": "toy" if self.data is None else "gpt2",
                         "block_size": 256, "n_layer": 1, "n_head": 4, "n_embd": 64}
-        found = {"cpu": True, "cuda": torch.cuda.is_available(),
-                 "mps": torch.backends.mps.is_available()}
-        if not found[self.device]:
+        if not getattr(torch, self.device).is_available():
             raise ValueError(f"--device {self.device}: torch does not find it")
         native = self.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         defaults["dtype"] = "bfloat16" if native else "float32"
-        for name, default in defaults.items():
-            if getattr(self, name) is None:
-                setattr(self, name, default)
         for f in fields(self):
+            if getattr(self, f.name) is None:
+                setattr(self, f.name, defaults.get(f.name))
             value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
             if low is not None and value is not None and not low <= value <= high:
                 raise ValueError(f"--{f.name}: expected {low} to {high}, got {value}")

@@ -77,7 +77,7 @@ def epoch(model, reference, pairs, cfg, savings, scored_pairs):
             with torch.no_grad():
                 chosen, rejected = logps_of(reference, train.rows_of(batch), cfg).view(2, -1).tolist()
             batch = [data.ScoredPair(*p[:3], y_w, y_l) for p, y_w, y_l in zip(batch, chosen, rejected, strict=True)]
-        return train.dpo_objective(model, batch, cfg, logps_of)
+        return train.pair_losses(logps_of(model, train.rows_of(batch), cfg), batch, cfg)
 
     examples = scored_pairs if "constant" in savings else pairs
     loop = train.fit(model, optimizer, batches(examples, cfg.batch_size, cfg.seed), objective, cfg.steps, cfg.learning_rate, cfg)
@@ -106,7 +106,7 @@ def check(model, scored_pairs, cfg):
     results = []
     shifted = [p._replace(ref_chosen_logp=p.ref_chosen_logp - 1) for p in scored_pairs[:cfg.batch_size]]
     for logps_of in (textbook_logps, train.completion_logps):
-        losses, _ = train.dpo_objective(model, shifted, cfg, logps_of)
+        losses, _ = train.pair_losses(logps_of(model, train.rows_of(shifted), cfg), shifted, cfg)
         gradient = torch.autograd.grad(losses.mean(), list(model.parameters()))
         results.append((losses.detach(), torch.cat([g.flatten() for g in gradient])))
     (loss, gradient), (other_loss, other_gradient) = results

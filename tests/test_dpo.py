@@ -120,10 +120,10 @@ def test_extreme_margins_have_a_finite_loss_and_gradient(dtype):
     ({"beta": 0.0}, "expected a finite beta > 0, got 0.0"), ({"beta": -1.0}, "expected a finite beta > 0, got -1.0"),
     ({"beta": math.nan}, "expected a finite beta > 0, got nan"), ({"beta": math.inf}, "got inf"),
     ({"label_smoothing": 0.5}, "got 0.5"), ({"label_smoothing": -0.1}, "got -0.1"),
-    ({"policy_chosen_logps": torch.zeros(3, 1)}, r"got \(3, 1\), \(3,\), \(3,\), \(3,\)"),
-    ({"policy_rejected_logps": torch.zeros(1)}, r"got \(3,\), \(1,\), \(3,\), \(3,\)"),
-    ({"ref_chosen_logps": torch.zeros(3, 1)}, r"got \(3,\), \(3,\), \(3, 1\), \(3,\)"),
-    ({"ref_rejected_logps": torch.zeros(2)}, r"got \(3,\), \(3,\), \(3,\), \(2,\)")])
+    ({"policy_chosen_logps": torch.zeros(3, 1)}, r"got \[\(3, 1\), \(3,\), \(3,\), \(3,\)\]"),
+    ({"policy_rejected_logps": torch.zeros(1)}, r"got \[\(3,\), \(1,\), \(3,\), \(3,\)\]"),
+    ({"ref_chosen_logps": torch.zeros(3, 1)}, r"got \[\(3,\), \(3,\), \(3, 1\), \(3,\)\]"),
+    ({"ref_rejected_logps": torch.zeros(2)}, r"got \[\(3,\), \(3,\), \(3,\), \(2,\)\]")])
 def test_dpo_loss_refuses_bad_arguments(change, message):
     names = ("policy_chosen_logps", "policy_rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
     arguments = {name: torch.zeros(3) for name in names} | {"beta": 0.1} | change

@@ -291,7 +291,7 @@ def test_a_config_json_of_another_network_is_refused_by_its_field(field, value, 
 
 @pytest.mark.parametrize("content, message", [(content, "expected a JSON object") for content in ("", "[1]", "null", "{", '"gpt2"', "[" * 10**5)] + [
     ('{"n_head": %s}' % value, "expected an integer n_head, got ") for value in ("2.0", "true", '"2"', "1e999", "null")] + [
-    ('{"n_head": 2, "%s": 5}' % name, f"{name} is 5, but .*w.bin has ") for name in ("n_embd", "n_layer", "n_positions", "vocab_size")])
+    ('{"n_head": 2, "n_embd": 5}', "expected n_embd 8, got 5")])
 def test_a_config_json_that_does_not_fit_is_refused(content, message, tmp_path):
     """Also that of another model, such as the heads of gpt2-medium for the weights of gpt2."""
     torch.save(tiny(torch.float32).to_gpt2(), tmp_path / "w.bin")
@@ -364,12 +364,9 @@ def wrong_weights():
     yield "shape", change("h.0.mlp.c_fc.bias", torch.zeros(3)), r"h.0.mlp.c_fc.bias: expected shape \(32,\), got \(3,\)"
     yield "vocabulary", change("h.9.ln_1.weight", torch.zeros(8)), "expected shape"
     yield "output projection", change("lm_head.weight", 2 * model.wte.weight.detach()), "lm_head.weight differs from wte.weight"
-    yield "nan", change("ln_f.weight", torch.full((8,), math.nan)), "ln_f.weight contains a value that is not finite"
-    yield "infinite", change("h.1.attn.c_proj.bias", torch.full((8,), math.inf)), "h.1.attn.c_proj.bias contains a value"
-    for dtype in (torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn):
-        yield str(dtype), change("ln_f.weight", torch.zeros(8).to(dtype)), "ln_f.weight: expected a dense tensor of float numbers"
-    yield "sparse", change("ln_f.weight", torch.ones(8).to_sparse()), "ln_f.weight: expected a dense tensor of float numbers"
-    yield "meta", change("ln_f.weight", torch.ones(8, device="meta")), "ln_f.weight: expected a dense tensor of float numbers"
+    odd = torch.full((8,), math.nan), torch.full((8,), math.inf), torch.zeros(8).long(), torch.zeros(8).bool(), torch.ones(8).to_sparse()
+    for i, w in enumerate(odd):
+        yield f"odd {i}", change("h.1.attn.c_proj.bias", w), "h.1.attn.c_proj.bias: expected a dense tensor of finite float numbers"
     yield "empty", {}, "expected a matrix wte.weight"
     yield "list", [1, 2], "expected a matrix wte.weight"
     yield "vector", change("wte.weight", torch.zeros(8)), "expected a matrix wte.weight"
