@@ -6,18 +6,13 @@
                single epoch, scoring once saves nothing. train.py makes two by default.)
 
     --only S,M,G        workloads; G, GPT-2 124M in bfloat16, needs a GPU
-    --against           switch off one saving at a time
     --rounds 5          rounds of one epoch each, textbook and ours in turn; the median counts
-    --json FILE         write the ratios
-    --stages            instead of all that: the seconds of each stage of train.py
 """
 import argparse
 import copy
-import json
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 
 import numpy as np
@@ -33,8 +28,7 @@ WORKLOADS = {  # vocabulary, layers, channels, heads, prompt lengths, completion
     "G": (50257, 12, 768, 12, (64, 256), (64, 256), 32, 4),
 }
 EPOCHS = 3
-SAVINGS = {"sorted": "batches of similar length", "selected": "logits only where a token is scored",
-           "constant": "the reference scored once", "fused": "fused AdamW"}
+KINDS = ("textbook", "ours")
 
 
 def build(name, seed=0):
@@ -66,22 +60,22 @@ def random_batches(pairs, batch_size, seed):
             yield [pairs[i] for i in batch]
 
 
-def epoch(model, reference, pairs, cfg, savings, scored_pairs):
-    """One epoch of DPO through train.fit."""
-    logps_of = train.completion_logps if "selected" in savings else textbook_logps
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0, **{"fused": True} if "fused" in savings else {})
-    batches = data.batches if "sorted" in savings else random_batches
-
+def textbook_epoch(model, reference, pairs, cfg):
     def objective(model, batch, cfg):
-        if "constant" not in savings:
-            with torch.no_grad():
-                chosen, rejected = logps_of(reference, train.rows_of(batch), cfg).view(2, -1).tolist()
-            batch = [data.ScoredPair(*p[:3], y_w, y_l) for p, y_w, y_l in zip(batch, chosen, rejected, strict=True)]
-        return train.pair_losses(logps_of(model, train.rows_of(batch), cfg), batch, cfg)
+        with torch.no_grad():
+            chosen, rejected = textbook_logps(reference, train.rows_of(batch), cfg).view(2, -1).tolist()
+        scored = [data.ScoredPair(*pair, y_w, y_l) for pair, y_w, y_l in zip(batch, chosen, rejected, strict=True)]
+        return train.pair_losses(textbook_logps(model, train.rows_of(batch), cfg), scored, cfg)
 
-    examples = scored_pairs if "constant" in savings else pairs
-    loop = train.fit(model, optimizer, batches(examples, cfg.batch_size, cfg.seed), objective, cfg.steps, cfg.learning_rate, cfg)
-    list(loop)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0)
+    batches = random_batches(pairs, cfg.batch_size, cfg.seed)
+    list(train.fit(model, optimizer, batches, objective, cfg.steps, cfg.learning_rate, cfg))
+
+
+def our_epoch(model, scored_pairs, cfg):
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0, fused=True)
+    batches = data.batches(scored_pairs, cfg.batch_size, cfg.seed)
+    list(train.fit(model, optimizer, batches, train.dpo_objective, cfg.steps, cfg.learning_rate, cfg))
 
 
 def seconds(call):
@@ -94,19 +88,21 @@ def seconds(call):
     return time.perf_counter() - began
 
 
-def run(kind, model, reference, pairs, cfg, scored_pairs):
-    """Seconds of an epoch: textbook, ours, or ours without one of its savings."""
-    savings = set() if kind == "textbook" else set(SAVINGS) - {kind}
-    scoring = seconds(lambda: train.score_pairs(reference, pairs, cfg)) / EPOCHS if "constant" in savings else 0
-    return scoring + seconds(lambda: epoch(model, reference, pairs, cfg, savings, scored_pairs))
+def run(kind, model, reference, pairs, cfg):
+    """Seconds of an epoch."""
+    if kind == "textbook":
+        return seconds(lambda: textbook_epoch(model, reference, pairs, cfg))
+    scored_pairs = []
+    scoring = seconds(lambda: scored_pairs.extend(train.score_pairs(reference, pairs, cfg)))
+    return scoring / EPOCHS + seconds(lambda: our_epoch(model, scored_pairs, cfg))
 
 
-def check(model, scored_pairs, cfg):
+def check(model, pairs, cfg):
     """Largest difference of losses, and of gradients relative to the largest one."""
     results = []
-    shifted = [p._replace(ref_chosen_logp=p.ref_chosen_logp - 1) for p in scored_pairs[:cfg.batch_size]]
+    scored = [data.ScoredPair(*pair, -1.0, 0.0) for pair in pairs[:cfg.batch_size]]
     for logps_of in (textbook_logps, train.completion_logps):
-        losses, _ = train.pair_losses(logps_of(model, train.rows_of(shifted), cfg), shifted, cfg)
+        losses, _ = train.pair_losses(logps_of(model, train.rows_of(scored), cfg), scored, cfg)
         gradient = torch.autograd.grad(losses.mean(), list(model.parameters()))
         results.append((losses.detach(), torch.cat([g.flatten() for g in gradient])))
     (loss, gradient), (other_loss, other_gradient) = results
@@ -121,67 +117,32 @@ def memory(name, kind):
 
 
 def child(name, kind):
-    model, reference, pairs, cfg = build(name)
-    run(kind, model, reference, pairs, cfg, train.score_pairs(reference, pairs, cfg))
+    run(kind, *build(name))
     with open("/proc/self/status") as file:  # not ru_maxrss, which a child inherits from its parent
         resident = next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
     print(torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else resident / 2**10)
 
 
-def benchmark(name, rounds, against):
+def benchmark(name, rounds):
     model, reference, pairs, cfg = build(name)
-    scored_pairs = train.score_pairs(reference, pairs, cfg)
-    loss_gap, gradient_gap = check(model, scored_pairs, cfg)
-    kinds = ["textbook", "ours", *(SAVINGS if against else ())]
-    spent = {kind: [] for kind in kinds}
+    loss_gap, gradient_gap = check(model, pairs, cfg)
+    spent = {kind: [] for kind in KINDS}
     for i in range(rounds + 1):  # the first round warms up
         cfg.seed = i
-        for kind in kinds:
-            spent[kind].append(run(kind, copy.deepcopy(model), reference, pairs, cfg, scored_pairs))
+        for kind in KINDS:
+            spent[kind].append(run(kind, copy.deepcopy(model), reference, pairs, cfg))
     step = {kind: statistics.median(times[1:]) / cfg.steps for kind, times in spent.items()}
-    peak = {kind: memory(name, kind) for kind in ("textbook", "ours")}
+    peak = {kind: memory(name, kind) for kind in KINDS}
     print(f"\n{name}: losses equal to {loss_gap:.1e}, gradients to {gradient_gap:.1e} of the largest")
-    for kind in ("textbook", "ours"):
+    for kind in KINDS:
         print(f"    {kind:9}{1000 * step[kind]:9.1f} ms a step {peak[kind]:8.0f} MiB")
     print(f"    speed x {step['textbook'] / step['ours']:.2f}   memory x {peak['ours'] / peak['textbook']:.2f}")
-    for kind in kinds[2:]:
-        print(f"    without {SAVINGS[kind]:40}{1000 * step[kind]:9.1f} ms, x {step[kind] / step['ours']:.2f}")
-    return {"speed_ratio": step["textbook"] / step["ours"], "memory_ratio": peak["ours"] / peak["textbook"]}
-
-
-def stages():
-    """Print the seconds of each stage of `python train.py`."""
-    spent = {"start-up": seconds(lambda: subprocess.run([sys.executable, "-c", "import train"], check=True))}
-
-    def timed(function, name):
-        def call(*arguments, **named):
-            result = []
-            label = arguments[1] if name == "stage" else name
-            spent[label] = spent.get(label, 0) + seconds(lambda: result.append(function(*arguments, **named)))
-            return result[0]
-        return call
-
-    train.run_stage = timed(train.run_stage, "stage")
-    train.make_pairs = timed(train.make_pairs, "samples and labels")
-    train.score_pairs = timed(train.score_pairs, "reference")
-    train.ToyTask.report = timed(train.ToyTask.report, "report")
-    with tempfile.TemporaryDirectory() as out:
-        total = spent["start-up"] + seconds(lambda: train.main(["--out", out]))
-    spent["other"] = total - sum(spent.values())
-    print("\nseconds: " + ", ".join(f"{name} {value:.1f}" for name, value in spent.items()) + f"; in all {total:.1f}")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="S,M,G" if torch.cuda.is_available() else "S,M")
-    parser.add_argument("--against", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json")
-    parser.add_argument("--stages", action="store_true")
     options = parser.parse_args()
-    if options.stages:
-        sys.exit(stages())
-    results = {name: benchmark(name, options.rounds, options.against) for name in options.only.split(",")}
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump(results, file)
+    for name in options.only.split(","):
+        benchmark(name, options.rounds)

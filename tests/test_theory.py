@@ -238,16 +238,16 @@ def test_eight_wins_in_ten_make_a_margin_of_logit_point_eight(beta):
 
 
 def test_hard_labels_have_no_finite_optimum():
-    """If one completion is always preferred, h grows without bound: by ln 10/β for ten times the steps."""
+    """If one completion is always preferred, h grows without bound: by ln 5/β for five times the steps."""
     beta, h, seen = 2.0, tensor(0.0).requires_grad_(), {}
     optimizer = torch.optim.SGD([h], lr=1.0)
-    for step in range(1, 10_001):
+    for step in range(1, 2501):
         optimizer.zero_grad()
         loss_of_h(h, beta).sum().backward()
         optimizer.step()
         seen[step] = h.item()
-    assert seen[10_000] - seen[1_000] == pytest.approx(math.log(10) / beta, rel=0.01)
-    assert seen[1_000] - seen[100] == pytest.approx(math.log(10) / beta, rel=0.01)
+    assert seen[2500] - seen[500] == pytest.approx(math.log(5) / beta, rel=0.01)
+    assert seen[500] - seen[100] == pytest.approx(math.log(5) / beta, rel=0.01)
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -278,18 +278,18 @@ def test_both_log_probabilities_can_fall_while_the_loss_falls():
 
 
 def test_kl_to_the_optimum_falls_like_one_over_the_number_of_pairs():
-    """A tabular policy for one prompt of the toy task and its 156 reviews of one or two words is
+    """A tabular policy for one prompt of the toy task and 60 reviews of one or two words is
     trained on n pairs from the reference with noisy labels. Its errors fall as 1/√n, so log10
     KL(π*‖π) falls with slope -1 in log10 n, over two decades."""
-    prompt, reviews, beta = "Last night we saw a thriller:", data.REVIEWS[:156], 1.0
+    prompt, reviews, beta = "Last night we saw a thriller:", data.REVIEWS[:60], 1.0
     words = {w: 3.0 if w in data.TYPICAL["thriller"] else 1.0 for w in data.WORD_REWARDS}
     ref = tensor(*(math.prod(words[w] / 18 for w in y.split()) for y in reviews)).log().log_softmax(-1)
     rewards = tensor(*(data.reward(prompt, y) for y in reviews))
     best, slopes = optimal_logps(ref, rewards, beta), []
-    for seed in range(6):
+    for seed in range(3):
         rng, distances = np.random.default_rng(seed), []
-        for n in (200_000, 20_000_000):
-            drawn = rng.multinomial(n, (ref[:, None] + ref).exp().flatten().numpy()).reshape(156, 156)
+        for n in (100_000, 10_000_000):
+            drawn = rng.multinomial(n, (ref[:, None] + ref).exp().flatten().numpy()).reshape(60, 60)
             wins = rng.binomial(drawn, preference_probabilities(rewards).numpy())  # of the first over the second
             counts = torch.from_numpy(wins + (drawn - wins).T).double()
             distances.append(kl(best, minimise(ref, counts, beta)).item())
