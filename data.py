@@ -8,7 +8,7 @@ three adjectives. Its true reward is the sum of the rewards of its words in that
     "Last night we saw a thriller:" " tense clever superb"    2 + 2 + 2 = 6
 
 There are 12 + 144 + 1,728 = 1,884 reviews per prompt. They can all be listed, so expectations,
-the optimal policy and KL divergences from it are exact. All malformed text is outcome 1,885.
+the optimal policy and KL divergences from it are exact. Outcome 1,885 is all malformed text.
 """
 import hashlib
 import itertools
@@ -50,8 +50,8 @@ def get_tokenizer(name):
 def encode(tokenizer, prompt, completion):
     """Text to ids: a Row. EOS ends the completion. Prompt and completion are encoded separately.
     Otherwise one token could span both."""
-    ids = tokenizer.encode_ordinary  # it does not turn the text "<|endoftext|>" into EOS
-    return Row(ids(prompt), ids(completion) + [tokenizer.eot_token])
+    to_ids = tokenizer.encode_ordinary  # it does not turn the text "<|endoftext|>" into EOS
+    return Row(to_ids(prompt), to_ids(completion) + [tokenizer.eot_token])
 
 
 def decode(tokenizer, completion):
@@ -182,18 +182,18 @@ def encode_pairs(texts, tokenizer, block_size):
         counts["repeat an earlier pair"] += hash((x, y_w, y_l)) in seen
         counts["contradict an earlier pair"] += hash((x, y_l, y_w)) in seen
         seen.add(hash((x, y_w, y_l)))  # a hash needs less memory than the texts
-    enough = np.quantile(needed or [0], 0.95, method="higher")
-    counts[f"dropped: a completion over half of --block_size {block_size}; {enough:.0f} would keep "
-           "95% of the pairs"] = sum(size > block_size for size in needed)
+    most = np.quantile(needed or [0], 0.95, method="higher")
+    counts[f"dropped: a completion over half of --block_size {block_size}; 95% of the pairs need "
+           f"at most {most:.0f}"] = sum(size > block_size for size in needed)
     return pairs, dict(+counts), checksum  # + removes zeros
 
 
 def split_pairs(pairs, fraction, block_size, seed):
     """Hold out a fraction of the prompts, with all of their pairs: (training, held-out pairs).
 
-    A hash of the prompt and the seed orders them. If fraction > 0, at least one of two or more
-    prompts is held out, never all. Prompts with the same last block_size // 2 tokens count as one,
-    since a cut may keep only these.
+    A hash of the prompt and the seed orders them. Of two or more prompts, at least one is held out
+    (unless fraction is 0) and one is not. Prompts with the same last block_size // 2 tokens count
+    as one, since a cut may keep only these.
     """
     def key(pair):
         end = pair.prompt[-(block_size // 2):].tolist()
@@ -215,7 +215,7 @@ WORD_REWARDS = {  # in each of the genres above
     "silly": (1, -2, -1, -1), "dull": (-1, -1, -1, -1), "awful": (-2, -2, -2, -2)}
 MALFORMED = -7  # reward of malformed text; the lowest of a review is -6, " awful awful awful"
 MAX_NEW_TOKENS = 4  # three words and EOS
-TYPICAL = {  # words that are three times as frequent in the corpus as each other word
+TYPICAL = {  # In the corpus these words are three times as frequent as other words.
     "comedy": ("funny", "silly", "dull"), "thriller": ("tense", "loud", "slow"),
     "romance": ("tender", "silly", "slow"), "documentary": ("honest", "slow", "dull")}
 LENGTHS = (0.2, 0.3, 0.5)  # fractions of the corpus with one, two and three words
@@ -232,8 +232,8 @@ FIGURES = {  # keys of exact_figures, with their labels in the report
 
 
 def prompts():
-    """All prompts: (80 to train on, 20 held out). No training prompt has the opening and the verb
-    of a held-out prompt together."""
+    """All prompts: (80 to train on, 20 held out). Held-out prompts combine opening i with verb i.
+    Training prompts never do."""
     every = [(i == j, f"{opening} {verb} {genre}:") for i, opening in enumerate(OPENINGS)
              for j, verb in enumerate(VERBS) for genre in GENRES]
     return [x for held_out, x in every if not held_out], [x for held_out, x in every if held_out]
@@ -282,12 +282,12 @@ def exact_figures(logps, ref_logps, rewards, beta):
     between texts, because all malformed text is one outcome.
     """
     p = logps.exp()
-    reward = (p * rewards).sum(-1).mean().item()
+    mean_reward = (p * rewards).sum(-1).mean().item()
     kl = (p * (logps - ref_logps)).sum(-1).mean().item()
     wins = 0  # P(r(y) > r(y')) for y ~ π and y' ~ π_ref; a tie counts ½
     for p_x, ref_x, r in zip(p.float(), ref_logps.exp().float(), rewards.float()):
         wins += (p_x @ ((r[:, None] - r).sign() + 1) @ ref_x).item() / 2
-    return {"objective": reward - beta * kl, "reward": reward, "kl": kl,  # Eq. 3
+    return {"objective": mean_reward - beta * kl, "reward": mean_reward, "kl": kl,  # Eq. 3
             "valid": p[:, :-1].sum(-1).mean().item(), "win_rate": wins / len(p),
             **pair_figures(logps, ref_logps, rewards, beta)}
 

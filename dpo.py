@@ -98,17 +98,17 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_r
 
 
 def preference_metrics(chosen_rewards, rejected_rewards, chosen_logps, rejected_logps):
-    """Standard metrics of a batch of pairs, with TRL's names: {name: (B,)}, without gradient."""
+    """Standard metrics of a batch of pairs, with TRL's names: {name: (B,)}, without gradient. The
+    rewards are those of dpo_loss."""
     margins = chosen_rewards - rejected_rewards
-    metrics = {
+    return {
         "rewards/chosen": chosen_rewards,  # implicit rewards: β times nats
         "rewards/rejected": rejected_rewards,
         "rewards/accuracies": (margins.sign() + 1) / 2,  # a tie counts ½
         "rewards/margins": margins,
-        "logps/chosen": chosen_logps,  # nats. Both may fall while the margin grows.
-        "logps/rejected": rejected_logps,
+        "logps/chosen": chosen_logps.detach(),  # nats. Both may fall while the margin grows.
+        "logps/rejected": rejected_logps.detach(),
     }
-    return {name: values.detach() for name, values in metrics.items()}
 
 
 def optimal_logps(ref_logps, rewards, beta):

@@ -94,7 +94,7 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
-            elif name.endswith("c_proj.weight"):  # the residual stream is a sum of 2 n_layer
+            elif name.endswith("c_proj.weight"):  # the residual stream sums 2 n_layer terms
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
             elif "ln_" not in name:
                 nn.init.normal_(p, std=0.02)
@@ -246,7 +246,7 @@ def load_checkpoint(path):
             saved = torch.load(file, map_location="cpu", weights_only=True)
             return saved if isinstance(saved, dict) else {}
         except Exception:  # torch.load raises many types for a damaged file
-            raise ValueError(f"{path}: not a checkpoint of tensors, damaged or too large") from None
+            raise ValueError(f"{path}: not a checkpoint of tensors, or damaged") from None
 
 
 def save_checkpoint(path, content):

@@ -27,7 +27,7 @@ from data import Pair, Row, ScoredPair
 from dpo import dpo_loss, optimal_logps, preference_metrics, sequence_logps
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 
-MAX_TOKENS = 4096  # about as many are in a batch that needs no gradient
+MAX_TOKENS = 4096  # with padding, per batch that needs no gradient
 EVALUATED = 256  # held-out pairs that are evaluated, during DPO and in the report
 FILES = ("state.pt", "metrics.jsonl", "sft.pt", "dpo.pt")  # of a run, in --out
 COLUMNS = {  # printed metrics, with their labels; SFT has only a loss
@@ -84,14 +84,15 @@ def completion_logps(model, rows, cfg):
 @torch.no_grad()
 def score(model, rows, cfg):
     """log π(y|x) of any number of rows, in their order and without gradient: (len(rows),), nats."""
-    lengths = np.array([data.length(row) for row in rows])
-    order = np.argsort(-lengths, kind="stable")  # the longest first, so there is little padding
-    batch_of = np.cumsum(lengths[order]) // MAX_TOKENS  # number of each row's batch
-    logps = []
-    for number in data.progress(np.unique(batch_of), f"of {batch_of[-1] + 1:,} batches scored"):
-        batch = [rows[i] for i in order[batch_of == number]]
-        logps.append(completion_logps(model, batch, cfg))
-    return torch.cat(logps)[np.argsort(order)]
+    lengths = [data.length(row) for row in rows]
+    batches = [[]]  # of row numbers
+    for i in np.argsort(lengths, kind="stable"):  # row i is then the longest of its batch
+        if batches[-1] and lengths[i] * (len(batches[-1]) + 1) > MAX_TOKENS:
+            batches.append([])
+        batches[-1].append(i)
+    logps = [completion_logps(model, [rows[i] for i in batch], cfg)
+             for batch in data.progress(batches, f"of {len(batches):,} batches scored")]
+    return torch.cat(logps)[np.argsort(np.concatenate(batches))]
 
 
 def sft_objective(model, rows, cfg, mean_length):
@@ -172,7 +173,7 @@ def warmup_cosine(step, steps, peak):
 
 def run_stage(run, stage, model, examples, objective, steps, peak, held_out_pairs):
     """Run the rest of a stage. Log each step, and save every cfg.save_every steps. After each tenth
-    of the steps, evaluate held_out_pairs and print the means of the tenth."""
+    of the steps, evaluate held_out_pairs and print the means since the row before."""
     cfg = run.cfg
     # The paper uses RMSprop. Weight decay would pull the weights to 0, not to the reference.
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0, fused=True)
@@ -180,7 +181,7 @@ def run_stage(run, stage, model, examples, objective, steps, peak, held_out_pair
     if done == 0:  # a resumed run then starts from the same weights
         run.save(stage, 0, model, optimizer if steps else None)
     batches = data.batches(examples, cfg.batch_size, cfg.seed)
-    batches = itertools.islice(batches, done, None)  # without those that an earlier run used
+    batches = itertools.islice(batches, done, None)  # skip those that an earlier run used
     names = [name for name in COLUMNS if name == "loss" or stage == "DPO"]
     names = [name for name in names if held_out_pairs or "eval/" not in name]
     if done < steps:
@@ -211,8 +212,8 @@ def print_row(stage, step, steps, means, seconds_left):
 
 
 class Run:
-    """The folder --out. --resume needs its state.pt, which holds no random state: data, labels,
-    samples and batches follow from the seed."""
+    """The folder --out. --resume continues from its state.pt. That holds no random state, because
+    the seed determines data, labels, samples and batches."""
 
     def __init__(self, cfg, checksum):
         """Open a new folder or, with --resume, an earlier run's. Raises ValueError or OSError."""
@@ -360,8 +361,9 @@ def sample(model, prompts, max_new_tokens, cfg, tokenizer):
     """One completion y ~ π(·|x) per prompt, as ids. The same arguments give the same samples."""
     generator = torch.Generator(cfg.device).manual_seed(cfg.seed)
     n = max(1, 2 * MAX_TOKENS // (max(map(len, prompts)) + max_new_tokens))
+    starts = range(0, len(prompts), n)
     samples = []
-    for i in data.progress(range(0, len(prompts), n), f"batches of {n} completions sampled"):
+    for i in data.progress(starts, f"of {len(starts):,} batches sampled"):
         samples += model.sample(prompts[i:i + n], max_new_tokens, 1.0, tokenizer.eot_token,
                                 generator)
     return samples
@@ -451,8 +453,8 @@ class Config:
     grad_accum: int = option("run", 1, "micro-batches per batch, to save memory", 1, 10**6)
     device: str = option("run", "cuda" if torch.cuda.is_available() else "cpu",
                          "where to run; mps is not tested", choices=("cpu", "cuda", "mps"))
-    dtype: str = option("run", None, "of the network's products (default: bfloat16 if the GPU has "
-                        "it, else float32)", choices=("float32", "bfloat16"))
+    dtype: str = option("run", None, "of matrix products (default: bfloat16 if the GPU has it, "
+                        "else float32)", choices=("float32", "bfloat16"))
     seed: int = option("run", 0, "of weights, data, samples and batches", 0, 2**32 - 1)
     out: str = option("run", "out", "folder for the results")
     save_every: int = option("run", 100, "steps between two saved states", 1, 10**9)

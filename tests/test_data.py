@@ -294,7 +294,7 @@ def test_pairs_are_dropped_cut_and_counted(tokenizer):
              ("q", "", "y"), ("q", "x", " \n"), ("q", "", ""), ("", "x", "y")]
     pairs, counts, _ = data.encode_pairs(texts, tokenizer, 16)
     assert counts == {"in the file": 15, "dropped: the completions are identical": 1, "dropped: a text is blank": 4,
-                      "dropped: a completion over half of --block_size 16; 18 would keep 95% of the pairs": 2,
+                      "dropped: a completion over half of --block_size 16; 95% of the pairs need at most 18": 2,
                       "with a prompt that lost its first tokens": 1, "repeat an earlier pair": 2, "contradict an earlier pair": 1}
     decoded = [tuple(tokenizer.decode(ids) for ids in pair) for pair in pairs]
     eos = "<|endoftext|>"
@@ -308,10 +308,10 @@ def test_the_named_block_size_keeps_95_percent_of_the_pairs(tokenizer):
     texts = [("q", "a" * k, "b") for k in [100] * 60 + [400] * 37 + [600] * 2 + [2_000_000]]
     for texts in (texts, [("q", "a b " * 60, "b")] * 97 + [("q", "b", "a" * 10**6)] * 3):
         [line] = [name for name in data.encode_pairs(texts, tokenizer, 16)[1] if "--block_size" in name]
-        size = int(re.search(r"--block_size 16; (\d+) would keep 95% of the pairs$", line)[1])
+        size = int(re.search(r"--block_size 16; 95% of the pairs need at most (\d+)$", line)[1])
         assert len(data.encode_pairs(texts, tokenizer, size)[0]) == 97 > 95 > len(data.encode_pairs(texts, tokenizer, size - 1)[0])
     [line] = [name for name in data.encode_pairs([("q", "a" * 10**6, "b")], tokenizer, 16)[1] if "--block_size" in name]
-    assert 1.9e6 < int(re.search(r"; (\d+) would", line)[1]) < 2.1e6
+    assert 1.9e6 < int(re.search(r"at most (\d+)$", line)[1]) < 2.1e6
 
 
 def test_a_very_long_prompt_keeps_its_end(tokenizer):

@@ -303,7 +303,7 @@ def test_a_checkpoint_with_code_is_refused_and_the_code_is_not_run(tmp_path):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "ran"),)
     torch.save({"weights": Code()}, tmp_path / "c.pt")
-    with pytest.raises(ValueError, match="c.pt: not a checkpoint of tensors, damaged or too large"):
+    with pytest.raises(ValueError, match="c.pt: not a checkpoint of tensors, or damaged"):
         GPT.load(tmp_path / "c.pt")
     assert not (tmp_path / "ran").exists()
 

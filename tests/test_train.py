@@ -471,20 +471,19 @@ def test_policy_and_reference_under_the_same_autocast_start_at_ln_2(dtype):
 
 
 def test_scores_do_not_depend_on_the_batch_and_no_batch_is_too_large(monkeypatch):
-    """Everything without gradient goes through score. A batch has less than a row more than MAX_TOKENS tokens."""
+    """Everything without gradient goes through score. A batch has at most MAX_TOKENS tokens, padding included."""
     cfg, model = Config(device="cpu"), tiny_model()
     rows = [data.Row(p.prompt, y) for p in tiny_pairs(24) for y in (p.chosen, p.rejected)]
     alone = torch.cat([train.completion_logps(model, [row], cfg) for row in rows])
     sizes, completion_logps = [], train.completion_logps
     def watched(model, rows, cfg):
-        sizes.append(sum(map(data.length, rows)))
+        sizes.append(len(rows) * max(map(data.length, rows)))
         return completion_logps(model, rows, cfg)
     monkeypatch.setattr(train, "completion_logps", watched)
     for tokens in (60, 2**13):
         monkeypatch.setattr(train, "MAX_TOKENS", tokens)
         logps = train.score(model, rows, cfg)
-        assert torch.allclose(logps, alone, atol=1e-5) and not logps.requires_grad
-        assert max(sizes) < tokens + max(map(data.length, rows))
+        assert torch.allclose(logps, alone, atol=1e-5) and max(sizes) <= tokens and not logps.requires_grad
     assert len(sizes) > 5 and train.score_pairs(model, [], cfg) == []
 
 
@@ -496,7 +495,7 @@ def test_long_scoring_and_sampling_print_a_line_of_progress(monkeypatch, capsys)
     train.score(tiny_model(), rows, Config(device="cpu"))
     train.sample(tiny_model(), [row.prompt for row in rows], 4, Config(device="cpu"), TOKENIZER)
     printed = capsys.readouterr().out
-    assert re.search(r"^3 of \d batches scored\n", printed, re.M) and "2 batches of 10 completions sampled\n" in printed
+    assert re.search(r"^3 of \d batches scored\n", printed, re.M) and re.search(r"^2 of 3 batches sampled\n", printed, re.M)
 
 
 def test_the_trajectory_of_a_small_run_is_the_recorded_one():
@@ -641,7 +640,7 @@ def test_dropped_pairs_are_announced_first_and_a_file_without_pairs_is_refused(t
     train.main([*OWN, "--data", write_pairs(tmp_path / "p.jsonl", rows), "--out", str(tmp_path / "out")])
     lines = capsys.readouterr().out.splitlines()
     assert lines[:7] == ["Warning: 7 of 9 pairs are dropped.", f"         9 pairs in {tmp_path}/p.jsonl", "         1 to train on", "         1 held out (--held_out 0.1)",
-                         "         1 dropped: a text is blank", "         6 dropped: a completion over half of --block_size 256; 402 would keep 95% of the pairs",
+                         "         1 dropped: a text is blank", "         6 dropped: a completion over half of --block_size 256; 95% of the pairs need at most 402",
                          "mean length: chosen 2.0, rejected 2.0 tokens"]
 
 
