@@ -473,7 +473,7 @@ def test_policy_and_reference_under_the_same_autocast_start_at_ln_2(dtype):
 def test_scores_do_not_depend_on_the_batch_and_no_batch_is_too_large(monkeypatch):
     """Everything without gradient goes through score. A batch has at most MAX_TOKENS tokens, padding included."""
     cfg, model = Config(device="cpu"), tiny_model()
-    rows = [data.Row(p.prompt, y) for p in tiny_pairs(24) for y in (p.chosen, p.rejected)]
+    rows = [data.Row(p.prompt, y) for p in tiny_pairs(24) for y in (p.chosen, p.rejected)] + [data.Row([1], [2] * 40)]
     alone = torch.cat([train.completion_logps(model, [row], cfg) for row in rows])
     sizes, completion_logps = [], train.completion_logps
     def watched(model, rows, cfg):
