@@ -38,13 +38,15 @@ def length(example):
 
 def get_tokenizer(name):
     """The tokenizer "toy", or one of tiktoken's, which is downloaded when first used."""
+    if name == "toy":
+        return toy_tokenizer()
+    if name not in tiktoken.list_encoding_names():
+        raise ValueError(f"unknown tokenizer {name!r}; expected toy or one of tiktoken's")
     try:
-        return toy_tokenizer() if name == "toy" else tiktoken.get_encoding(name)
-    except OSError:
+        return tiktoken.get_encoding(name)
+    except (OSError, ValueError):
         raise ValueError(f"the {name} vocabulary is not on this disk and could not be downloaded; "
                          "without --init, --tokenizer toy needs no download") from None
-    except ValueError:
-        raise ValueError(f"unknown tokenizer {name!r}; expected toy or one of tiktoken's") from None
 
 
 def encode(tokenizer, prompt, completion):

@@ -170,7 +170,8 @@ class GPT(nn.Module):
             raise ValueError("lm_head.weight differs from wte.weight; in GPT-2 they are equal")
         (V, C), T = weights["wte.weight"].shape, len(weights["wpe.weight"])
         n_layer = sum(name.endswith("ln_1.weight") for name in weights)
-        n_head = n_head or GPT2_HEADS.get(C)
+        if n_head is None:
+            n_head = GPT2_HEADS.get(C)
         if n_head is None:
             raise ValueError(f"n_head is not stored in weights with {C} channels: put the model's "
                              "config.json in the same folder, or give n_head")
@@ -180,9 +181,8 @@ class GPT(nn.Module):
             shapes = [tuple(w[name].shape) if name in w else None for w in (expected, weights)]
             if shapes[0] != shapes[1]:
                 raise ValueError(f"{name}: expected shape {shapes[0]}, got {shapes[1]}")
-            w = weights[name]
-            if w.is_sparse or not w.is_floating_point() or not w.float().isfinite().all():
-                raise ValueError(f"{name}: expected a dense tensor of finite float numbers")
+            if not (weights[name].is_floating_point() and weights[name].float().isfinite().all()):
+                raise ValueError(f"{name}: expected finite float numbers")
         model.load_state_dict(weights)
         return model
 
@@ -203,7 +203,9 @@ class GPT(nn.Module):
         elif config_path.exists():
             config = read_config(config_path)
             n_head = config["n_head"]
-        if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
+        if not isinstance(weights, dict) or not all(
+                isinstance(name, str) and torch.is_tensor(w) and w.layout == torch.strided
+                and not w.is_meta for name, w in weights.items()):
             raise ValueError(f"{path}: not the weights of a GPT")
         try:
             model = cls.from_gpt2(weights, n_head, tokenizer)
@@ -211,7 +213,7 @@ class GPT(nn.Module):
             raise ValueError(f"{path}: {error}") from None
         n_embd = model.config.n_embd
         if config.get("n_embd", n_embd) != n_embd:  # it belongs to another model
-            raise ValueError(f"{config_path}: expected n_embd {n_embd}, got {config['n_embd']}")
+            raise ValueError(f"{config_path}: expected n_embd {n_embd}, got {config['n_embd']!r:.60}")
         return model
 
     def save(self, path):
@@ -223,8 +225,8 @@ def read_config(path):
     """GPT-2's config.json as a dict. Raises ValueError if it describes another network."""
     try:
         config = {"n_head": 12} | json.loads(path.read_text(encoding="utf-8"))
-    except (RecursionError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: expected a JSON object: {error}") from None
+    except (RecursionError, TypeError, ValueError):
+        raise ValueError(f"{path}: expected a JSON object") from None
     for name, accepted in GPT2_NETWORK.items():
         if config.get(name, accepted[0]) not in accepted:
             raise ValueError(f"{path}: expected {name} {accepted[0]!r}, got {config[name]!r:.60}")

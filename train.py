@@ -224,7 +224,8 @@ class Run:
         settings["checksum of the texts in --data"] = checksum
         if cfg.resume:
             if not state.exists():
-                raise ValueError(f"{cfg.out}: there is no run to continue; leave out --resume")
+                raise ValueError(f"{cfg.out}: there is no state.pt to continue from; leave out "
+                                 "--resume, or choose another folder with --out")
             self.state = load_checkpoint(state)
             if "settings" not in self.state:
                 raise ValueError(f"{state}: not the state of a run")
@@ -233,7 +234,8 @@ class Run:
                     now = settings.get(name)
                     raise ValueError(f"{state}: {name} was {saved}, now it is {now}")
             if metrics.stat().st_size < self.state["metrics_size"]:
-                raise ValueError(f"{metrics} is shorter than it was when state.pt was saved")
+                raise ValueError(f"{metrics} is shorter than when state.pt was saved; restore it "
+                                 "or start anew with another --out")
         elif any((self.out / name).exists() for name in FILES):
             raise ValueError(f"{cfg.out} holds an earlier run: continue it with --resume, or "
                              "choose another folder with --out")

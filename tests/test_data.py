@@ -373,7 +373,8 @@ def test_the_pairs_of_the_tests_are_all_kept(tokenizer):
     assert counts == {"in the file": 200} and len(pairs) == 200
 
 
-@pytest.mark.parametrize("error", [ConnectionError("no network\nat all"), TimeoutError(), OSError("disk"), PermissionError(13, "no")])
+@pytest.mark.parametrize("error", [ConnectionError("no network\nat all"), TimeoutError(), OSError("disk"), PermissionError(13, "no"),
+                                   ValueError("the hash of the file does not match")])
 def test_a_vocabulary_that_cannot_be_downloaded_gives_a_one_line_error(monkeypatch, error):
     def offline(name):
         raise error

@@ -364,13 +364,17 @@ def wrong_weights():
     yield "shape", change("h.0.mlp.c_fc.bias", torch.zeros(3)), r"h.0.mlp.c_fc.bias: expected shape \(32,\), got \(3,\)"
     yield "vocabulary", change("h.9.ln_1.weight", torch.zeros(8)), "expected shape"
     yield "output projection", change("lm_head.weight", 2 * model.wte.weight.detach()), "lm_head.weight differs from wte.weight"
-    odd = torch.full((8,), math.nan), torch.full((8,), math.inf), torch.zeros(8).long(), torch.zeros(8).bool(), torch.ones(8).to_sparse()
+    odd = torch.full((8,), math.nan), torch.full((8,), math.inf), torch.zeros(8).long(), torch.zeros(8).bool()
     for i, w in enumerate(odd):
-        yield f"odd {i}", change("h.1.attn.c_proj.bias", w), "h.1.attn.c_proj.bias: expected a dense tensor of finite float numbers"
+        yield f"odd {i}", change("h.1.attn.c_proj.bias", w), "h.1.attn.c_proj.bias: expected finite float numbers"
+    table = weights["wte.weight"]
+    for name, w in (("sparse", table.to_sparse()), ("meta", table.to("meta"))):
+        yield name, change("wte.weight", w), "not the weights of a GPT"
+    yield "number as name", {1: table}, "not the weights of a GPT"
     yield "empty", {}, "expected a matrix wte.weight"
     yield "list", [1, 2], "expected a matrix wte.weight"
     yield "vector", change("wte.weight", torch.zeros(8)), "expected a matrix wte.weight"
-    for name, value in (("n_head", -2), ("n_head", "x"), ("n_head", 3), ("n_head", None), ("weights", {}), ("weights", 3),
+    for name, value in (("n_head", -2), ("n_head", 0), ("n_head", "x"), ("n_head", 3), ("n_head", None), ("weights", {}), ("weights", 3),
                         ("weights", {"wte.weight": 3}), ("weights", {3: 4})):
         yield f"{name} {value}", saved | {name: value}, ""
 

@@ -223,7 +223,7 @@ def test_resume_with_another_text_is_refused_and_with_a_moved_file_it_continues(
 
 def test_resume_without_a_good_state_is_refused(whole, copied, capsys):
     (copied / "state.pt").unlink()
-    assert "there is no run to continue; leave out --resume" in refused(*TINY, "--out", copied, "--resume", capsys=capsys)
+    assert "there is no state.pt to continue from; leave out --resume, or choose another folder with --out" in refused(*TINY, "--out", copied, "--resume", capsys=capsys)
     state = (whole[0] / "state.pt").read_bytes()
     (copied / "state.pt").write_bytes((copied / "sft.pt").read_bytes())
     assert "state.pt: not the state of a run" in refused(*TINY, "--out", copied, "--resume", capsys=capsys)
@@ -239,7 +239,7 @@ def test_metrics_are_cut_to_the_saved_length_and_shorter_ones_are_refused(whole,
     assert same(outcome(copied), whole[1])
     content = (copied / "metrics.jsonl").read_bytes()
     (copied / "metrics.jsonl").write_bytes(content[:1000])
-    assert "metrics.jsonl is shorter than it was when state.pt was saved" in refused(*TINY, "--out", copied, "--resume", capsys=capsys)
+    assert "metrics.jsonl is shorter than when state.pt was saved; " in refused(*TINY, "--out", copied, "--resume", capsys=capsys)
     (copied / "metrics.jsonl").unlink()
     assert "metrics.jsonl: No such file or directory" in refused(*TINY, "--out", copied, "--resume", capsys=capsys)
 

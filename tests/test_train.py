@@ -280,7 +280,7 @@ def test_a_setting_out_of_its_range_is_refused_by_name(name, low, high, wrong):
     (["--init", "nope.pt"], "nope.pt: No such file or directory"), (["--init", ""], "an empty path: No such file or directory"), (["--out", __file__], f"{__file__}: File exists"),
     (["--tokenizer", "gpt2"], "the toy task needs the tokenizer toy; give your pairs with --data"),
     (["--data", PAIRS, "--tokenizer", "toy", "--out", __file__ + "/x"], f"{__file__}/x: Not a directory"),
-    (["--resume"], "{out}: there is no run to continue; leave out --resume")])
+    (["--resume"], "{out}: there is no state.pt to continue from; leave out --resume, or choose another folder with --out")])
 def test_a_wrong_command_line_is_one_line_and_exit_code_2(arguments, message, tmp_path, capsys):
     arguments = arguments if "--out" in arguments else [*arguments, "--out", tmp_path / "out"]
     with pytest.raises(SystemExit) as stop:
