@@ -211,9 +211,9 @@ class GPT(nn.Module):
             model = cls.from_gpt2(weights, n_head, tokenizer)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-        n_embd = model.config.n_embd
-        if config.get("n_embd", n_embd) != n_embd:  # it belongs to another model
-            raise ValueError(f"{config_path}: expected n_embd {n_embd}, got {config['n_embd']!r:.60}")
+        n_embd = config.get("n_embd", model.config.n_embd)
+        if n_embd != model.config.n_embd:  # config.json belongs to another model
+            raise ValueError(f"{config_path}: n_embd {n_embd!r:.60} does not fit {path}")
         return model
 
     def save(self, path):
