@@ -255,6 +255,8 @@ def save_checkpoint(path, content):
     """torch.save to a temporary file that replaces path. If it fails, the old file stays whole."""
     try:
         torch.save(content, f"{path}.tmp")
+        if not zipfile.is_zipfile(f"{path}.tmp"):  # torch 2.6 misses an error at the end
+            raise RuntimeError("the end of the file is missing")
     except RuntimeError as error:  # torch.save raises it if the disk is full
         raise OSError(f"{path} cannot be written; is the disk full? {error}") from None
     os.replace(f"{path}.tmp", path)

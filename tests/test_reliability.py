@@ -343,6 +343,22 @@ def test_on_a_full_disk_the_last_state_stays(whole, tmp_path):
     assert finish(*TINY, "--out", out, "--resume")[0] == 0 and same(outcome(out), whole[1])
 
 
+def test_wherever_the_disk_becomes_full_the_old_file_stays(tmp_path):
+    """Even if only the last byte does not fit. torch 2.6 does not notice that by itself."""
+    import resource
+    path, hard = tmp_path / "c.pt", resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    save_checkpoint(path, {"weights": torch.ones(3000)})
+    old = path.read_bytes()
+    for limit in (0, 1, 100, len(old) // 2, *range(len(old) - 300, len(old), 7), len(old) - 1):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            with pytest.raises(OSError, match="c.pt cannot be written; is the disk full?"):
+                save_checkpoint(path, {"weights": torch.zeros(3000)})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        assert path.read_bytes() == old
+
+
 def test_ctrl_c_while_saving_leaves_a_whole_file(tmp_path):
     """50 interrupts at random moments."""
     rng, content, handler = np.random.default_rng(0), {"parts": [torch.ones(5000)] * 200}, signal.signal(signal.SIGALRM, signal.default_int_handler)
