@@ -437,7 +437,8 @@ class Config:
     data: str = option("data", None, "JSONL file of your pairs (default: the toy task)")
     held_out: float = option("data", 0.1, "fraction of the prompts of --data to hold out", 0, 0.9)
     tokenizer: str = option("data", None, "for --data (default: gpt2)", choices=("toy", "gpt2"))
-    block_size: int = option("data", None, "longest row, in tokens (default: 256)", 16, 8192)
+    block_size: int = option(
+        "data", None, "longest row, in tokens (default: 256, with --init the model's)", 16, 8192)
     n_pairs: int = option("data", 32768, "pairs to sample in the toy task", 1, 10**7)
     n_reviews: int = option("data", 20000, "reviews for SFT in the toy task", 1, 10**7)
     init: str = option("model", None, "checkpoint or GPT-2's pytorch_model.bin to start from")

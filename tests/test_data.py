@@ -4,7 +4,6 @@ import gzip
 import itertools
 import json
 import math
-import os
 import re
 
 import numpy as np
@@ -23,10 +22,6 @@ def tokenizer():
     return data.toy_tokenizer()
 
 
-def test_there_are_1884_reviews_per_prompt():
-    assert len(data.REVIEWS) == len(set(data.REVIEWS)) == 12 + 144 + 1728 == 1884
-
-
 def test_word_rewards_of_each_genre():
     """The table that all published figures belong to. For each genre: the words with reward 2 | 1 | 0 | -1 | -2."""
     rewards = {
@@ -42,6 +37,7 @@ def test_word_rewards_of_each_genre():
 
 
 def test_reward_is_the_sum_of_the_word_rewards_in_the_genre():
+    assert len(data.REVIEWS) == len(set(data.REVIEWS)) == 12 + 144 + 1728 == 1884
     assert data.reward(THRILLER, " tense clever superb") == 6
     assert data.reward(COMEDY, " tense clever superb") == 2
     rewards = data.outcome_rewards([THRILLER, COMEDY])
@@ -366,11 +362,6 @@ def test_prompts_with_the_same_end_after_a_cut_are_on_one_side(tokenizer):
     for seed in range(3):
         ends = [{tokenizer.decode(pair.prompt)[-15:] for pair in side} for side in data.split_pairs(pairs, 0.5, 40, seed)]
         assert ends[0] and ends[1] and not ends[0] & ends[1]
-
-
-def test_the_pairs_of_the_tests_are_all_kept(tokenizer):
-    pairs, counts, _ = data.encode_pairs(data.read_jsonl(os.path.join(os.path.dirname(__file__), "pairs.jsonl")), tokenizer, 256)
-    assert counts == {"in the file": 200} and len(pairs) == 200
 
 
 @pytest.mark.parametrize("error", [ConnectionError("no network\nat all"), TimeoutError(), OSError("disk"), PermissionError(13, "no"),
