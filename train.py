@@ -2,7 +2,7 @@
 # Copyright (c) 2026 the authors of Minimal DPO
 """The pipeline of DPO: SFT -> preference pairs -> reference -> DPO -> report.
 
-    python train.py                        # the built-in toy task: about 40 s on a CPU core
+    python train.py                        # the built-in toy task: 40 to 70 s on a CPU core
     python train.py --data pairs.jsonl --init pytorch_model.bin    # your pairs, from GPT-2
 
 It writes sft.pt, dpo.pt, metrics.jsonl (every step) and state.pt (for --resume) to --out.
