@@ -193,9 +193,9 @@ def encode_pairs(texts, tokenizer, block_size):
 def split_pairs(pairs, fraction, block_size, seed):
     """Hold out a fraction of the prompts, with all of their pairs: (training, held-out pairs).
 
-    A hash of the prompt and the seed orders them. Of two or more prompts, at least one is held out
-    (unless fraction is 0) and one is not. Prompts with the same last block_size // 2 tokens count
-    as one, since a cut may keep only these.
+    A hash of the prompt and the seed orders them. With two or more prompts, at least one is held
+    out and one is not, unless fraction is 0. Prompts with the same last block_size // 2 tokens
+    count as one, since a cut may keep only these.
     """
     def key(pair):
         end = pair.prompt[-(block_size // 2):].tolist()

@@ -27,7 +27,7 @@ from data import Pair, Row, ScoredPair
 from dpo import dpo_loss, optimal_logps, preference_metrics, sequence_logps
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 
-MAX_TOKENS = 4096  # with padding, per batch that needs no gradient
+MAX_TOKENS = 4096  # tokens, with padding, in a batch without gradient
 EVALUATED = 256  # held-out pairs that are evaluated, during DPO and in the report
 FILES = ("state.pt", "metrics.jsonl", "sft.pt", "dpo.pt")  # of a run, in --out
 COLUMNS = {  # printed metrics, with their labels; SFT has only a loss
@@ -86,7 +86,7 @@ def score(model, rows, cfg):
     """log π(y|x) of any number of rows, in their order and without gradient: (len(rows),), nats."""
     lengths = [data.length(row) for row in rows]
     batches = [[]]  # of row numbers
-    for i in np.argsort(lengths, kind="stable"):  # row i is then the longest of its batch
+    for i in np.argsort(lengths, kind="stable"):  # row i is the longest so far
         if batches[-1] and lengths[i] * (len(batches[-1]) + 1) > MAX_TOKENS:
             batches.append([])
         batches[-1].append(i)
@@ -173,7 +173,7 @@ def warmup_cosine(step, steps, peak):
 
 def run_stage(run, stage, model, examples, objective, steps, peak, held_out_pairs):
     """Run the rest of a stage. Log each step, and save every cfg.save_every steps. After each tenth
-    of the steps, evaluate held_out_pairs and print the means since the row before."""
+    of the steps, evaluate held_out_pairs and print the means since the last row."""
     cfg = run.cfg
     # The paper uses RMSprop. Weight decay would pull the weights to 0, not to the reference.
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0, fused=True)
@@ -218,34 +218,41 @@ class Run:
     def __init__(self, cfg, checksum):
         """Open a new folder or, with --resume, an earlier run's. Raises ValueError or OSError."""
         self.cfg, self.out = cfg, Path(cfg.out)
-        state, metrics = self.out / "state.pt", self.out / "metrics.jsonl"
+        if self.out.exists() and not self.out.is_dir():
+            raise ValueError(f"--out {cfg.out}: expected a folder, but it is a file")
         may_differ = ("data", "out", "save_every", "resume")
         settings = {name: x for name, x in asdict(cfg).items() if name not in may_differ}
         settings["checksum of the texts in --data"] = checksum
         if cfg.resume:
-            if not state.exists():
-                raise ValueError(f"{cfg.out}: there is no state.pt to continue from; leave out "
-                                 "--resume, or choose another folder with --out")
-            self.state = load_checkpoint(state)
-            if "settings" not in self.state:
-                raise ValueError(f"{state}: not the state of a run")
-            for name, saved in self.state["settings"].items():
-                if settings.get(name) != saved:
-                    now = settings.get(name)
-                    raise ValueError(f"{state}: {name} was {saved}, now it is {now}")
-            if metrics.stat().st_size < self.state["metrics_size"]:
-                raise ValueError(f"{metrics} is shorter than when state.pt was saved; restore it "
-                                 "or start anew with another --out")
+            self.state = self.load_state(settings)
         elif any((self.out / name).exists() for name in FILES):
             raise ValueError(f"{cfg.out} holds an earlier run: continue it with --resume, or "
                              "choose another folder with --out")
         else:
             self.out.mkdir(parents=True, exist_ok=True)
             self.state = {"settings": settings, "metrics_size": 0}
-            save_checkpoint(state, self.state)
-        self.metrics = open(metrics, "ab")
+            save_checkpoint(self.out / "state.pt", self.state)
+        self.metrics = open(self.out / "metrics.jsonl", "ab")
         self.metrics.truncate(self.state["metrics_size"])
         self.metrics.seek(0, 2)  # to the new end, which save asks for
+
+    def load_state(self, settings):
+        """The state of an earlier run with these settings. Raises ValueError or OSError."""
+        path, metrics = self.out / "state.pt", self.out / "metrics.jsonl"
+        if not path.exists():
+            raise ValueError(f"{self.out}: there is no state.pt to continue from; leave out "
+                             "--resume, or choose another folder with --out")
+        state = load_checkpoint(path)
+        if "settings" not in state:
+            raise ValueError(f"{path}: not the state of a run")
+        for name, now in settings.items():
+            saved = state["settings"].get(name)
+            if saved != now:
+                raise ValueError(f"{path}: {name} was {saved}, now it is {now}")
+        if metrics.stat().st_size < state["metrics_size"]:
+            raise ValueError(f"{metrics} is shorter than when state.pt was saved; restore it "
+                             "or start anew with another --out")
+        return state
 
     def restore(self, stage, model, optimizer):
         """Restore the weights and the optimizer of a stage. Returns the number of steps done."""

@@ -225,6 +225,8 @@ def test_resume_without_a_good_state_is_refused(whole, copied, capsys):
     (copied / "state.pt").unlink()
     assert "there is no state.pt to continue from; leave out --resume, or choose another folder with --out" in refused(*TINY, "--out", copied, "--resume", capsys=capsys)
     state = (whole[0] / "state.pt").read_bytes()
+    save_checkpoint(copied / "state.pt", {"settings": {}, "metrics_size": 0})
+    assert "state.pt: held_out was None, now it is 0.1" in refused(*TINY, "--out", copied, "--resume", capsys=capsys)
     (copied / "state.pt").write_bytes((copied / "sft.pt").read_bytes())
     assert "state.pt: not the state of a run" in refused(*TINY, "--out", copied, "--resume", capsys=capsys)
     for wrong in (b"", b"rubbish", state[:-99], state[:9000] + bytes(99) + state[9099:]):
@@ -346,7 +348,7 @@ def test_on_a_full_disk_the_last_state_stays(whole, tmp_path):
 def test_wherever_the_disk_becomes_full_the_old_file_stays(tmp_path):
     """Even if only the last byte does not fit. torch 2.6 does not notice that by itself."""
     import resource
-    path, hard = tmp_path / "c.pt", resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    path, (soft, hard) = tmp_path / "c.pt", resource.getrlimit(resource.RLIMIT_FSIZE)
     save_checkpoint(path, {"weights": torch.ones(3000)})
     old = path.read_bytes()
     for limit in (0, 1, 100, len(old) // 2, *range(len(old) - 300, len(old), 7), len(old) - 1):
@@ -355,7 +357,7 @@ def test_wherever_the_disk_becomes_full_the_old_file_stays(tmp_path):
             with pytest.raises(OSError, match="c.pt cannot be written; is the disk full?"):
                 save_checkpoint(path, {"weights": torch.zeros(3000)})
         finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert path.read_bytes() == old
 
 

@@ -277,7 +277,7 @@ def test_a_setting_out_of_its_range_is_refused_by_name(name, low, high, wrong):
     (["--stepz", "3"], "unrecognized arguments: --stepz 3"), (["--ste", "3"], "unrecognized arguments: --ste 3"),
     (["--data", "nope.jsonl", "--tokenizer", "toy"], "nope.jsonl: No such file or directory"),
     (["--data", "", "--tokenizer", "toy"], "an empty path: No such file or directory"),
-    (["--init", "nope.pt"], "nope.pt: No such file or directory"), (["--init", ""], "an empty path: No such file or directory"), (["--out", __file__], f"{__file__}: File exists"),
+    (["--init", "nope.pt"], "nope.pt: No such file or directory"), (["--init", ""], "an empty path: No such file or directory"), (["--out", __file__], f"--out {__file__}: expected a folder, but it is a file"),
     (["--tokenizer", "gpt2"], "the toy task needs the tokenizer toy; give your pairs with --data"),
     (["--data", PAIRS, "--tokenizer", "toy", "--out", __file__ + "/x"], f"{__file__}/x: Not a directory"),
     (["--resume"], "{out}: there is no state.pt to continue from; leave out --resume, or choose another folder with --out")])
