@@ -10,12 +10,10 @@ three adjectives. Its true reward is the sum of the rewards of its words in that
 There are 12 + 144 + 1,728 = 1,884 reviews per prompt. They can all be listed, so expectations,
 the optimal policy and KL divergences from it are exact. Outcome 1,885 is all malformed text.
 """
-import hashlib
 import itertools
 import json
 import math
 import time
-import zlib
 from collections import Counter, namedtuple
 
 import numpy as np
@@ -24,16 +22,19 @@ import torch
 import torch.nn.functional as F
 
 
-# Examples. All fields are token ids. Completions end with EOS, unless a sample was cut off.
+# Examples. All texts are token ids. Completions end with EOS, unless a sample was cut off.
 Row = namedtuple("Row", ("prompt", "completion"))
 Pair = namedtuple("Pair", ("prompt", "chosen", "rejected"))
-# A ScoredPair adds log π_ref(y|x) of both completions, in nats.
+# A ScoredPair adds log π_ref(y|x) of both completions, in nats. They do not change during training,
+# because the reference is frozen, so they are computed once and travel with the pair.
 ScoredPair = namedtuple("ScoredPair", (*Pair._fields, "ref_chosen_logp", "ref_rejected_logp"))
 
 
 def length(example):
-    """Tokens in the longest row of an example: the prompt and the longest completion."""
-    return len(example.prompt) + max(map(len, example[1:3]))  # completion, or chosen and rejected
+    """Tokens in the longest row of an example: the prompt and its longest completion."""
+    if isinstance(example, Row):
+        return len(example.prompt) + len(example.completion)
+    return len(example.prompt) + max(len(example.chosen), len(example.rejected))
 
 
 def get_tokenizer(name):
@@ -50,10 +51,14 @@ def get_tokenizer(name):
 
 
 def encode(tokenizer, prompt, completion):
-    """Text to ids: a Row. EOS ends the completion. Prompt and completion are encoded separately.
-    Otherwise one token could span both."""
-    to_ids = tokenizer.encode_ordinary  # it does not turn the text "<|endoftext|>" into EOS
-    return Row(to_ids(prompt), to_ids(completion) + [tokenizer.eot_token])
+    """Text to ids: a Row. Prompt and completion are encoded separately, because otherwise one token
+    could span both."""
+    return Row(tokenizer.encode_ordinary(prompt), encode_completion(tokenizer, completion))
+
+
+def encode_completion(tokenizer, text):
+    """Text to ids, with EOS at the end. The text "<|endoftext|>" does not become EOS."""
+    return tokenizer.encode_ordinary(text) + [tokenizer.eot_token]
 
 
 def decode(tokenizer, completion):
@@ -99,33 +104,8 @@ def batches(examples, batch_size, seed):
             yield [examples[k] for k in epoch[i]]
 
 
-KEYS = ("prompt", "chosen", "rejected")
-OTHER_FORMATS = {  # first bytes of other files, and what to do
-    b"[": "a JSON array; write one object per line, as the README shows",
-    b"\x1f\x8b": "compressed by gzip; unpack it first", b"PK": "a zip archive; unpack it first",
-    b"\xff\xfe": "UTF-16; save it as UTF-8", b"\xfe\xff": "UTF-16; save it as UTF-8",
-    b"PAR1": "a Parquet file; write one JSON object per line, as the README shows",
-    b"version https://git-lfs": "a Git LFS pointer; run git lfs pull to get the file"}
-
-
-def parse_line(line):
-    """[prompt, chosen, rejected] from one line of a file, as bytes. Raises ValueError."""
-    for start, description in OTHER_FORMATS.items():
-        if line.lstrip().startswith(start):
-            raise ValueError(f"this is {description}")
-    try:
-        record = json.loads(line.decode())
-    except (ValueError, RecursionError) as error:
-        raise ValueError("expected one JSON object per line, as the README shows, but got "
-                         f"{line[:30]!r} ({error!s:.60})") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"expected a JSON object, got {record!r:.60}")
-    for key in KEYS:
-        if not isinstance(record.get(key), str):
-            found = f"{record[key]!r:.60}" if key in record else f"not in {list(record)!r:.100}"
-            raise ValueError(f'expected strings for "prompt", "chosen" and "rejected", but "{key}" '
-                             f"is {found}; the README shows how to convert other formats")
-    return [record[key] for key in KEYS]
+KEYS = ("prompt", "chosen", "rejected")  # of a record; other fields are not used
+CHARACTERS = 64  # read per token of block_size; this bounds the time that a very long text takes
 
 
 def progress(items, what):
@@ -139,72 +119,83 @@ def progress(items, what):
 
 
 def read_jsonl(path):
-    """Yield [prompt, chosen, rejected] for each line that is not blank. Raises OSError, or
-    ValueError "path:line: what is wrong"."""
+    """Yield the record of each line that is not blank: a dict with strings prompt, chosen, rejected
+    and perhaps other fields. Raises OSError, or ValueError "path:line: what is wrong"."""
     with open(path, "rb") as file:
         for number, line in enumerate(progress(file, f"lines of {path} read"), 1):
             line = line.removeprefix(b"\xef\xbb\xbf")  # byte order mark of UTF-8
-            if line.strip():
-                try:
-                    texts = parse_line(line)
-                except ValueError as error:
-                    raise ValueError(f"{path}:{number}: {error}") from None
-                yield texts
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line.decode())
+                found = {key: type(value).__name__ for key, value in record.items()}
+            except (AttributeError, ValueError, RecursionError):  # it is no JSON object
+                record, found = {}, line[:60]
+            if not all(isinstance(record.get(key), str) for key in KEYS):
+                raise ValueError(f"{path}:{number}: expected strings prompt, chosen and rejected, got "
+                                 f"{found!r:.200}; the README shows how to convert other formats")
+            yield record
 
 
-def encode_pairs(texts, tokenizer, block_size):
-    """Encode an iterable of [prompt, chosen, rejected]. Returns [Pair of int32 arrays],
-    {what happened: number of pairs} and a checksum of the texts.
+def encode_pair(texts, tokenizer, block_size):
+    """Three texts to (Pair of int32 arrays, tokens of its longest completion, whether the prompt
+    lost its first tokens, because it was too long)."""
+    limit = CHARACTERS * block_size
+    prompt, chosen = encode(tokenizer, texts[0][-limit:], texts[1][:limit])
+    rejected = encode_completion(tokenizer, texts[2][:limit])
+    longest = max(len(chosen), len(rejected))
+    lost = len(texts[0]) > limit or len(prompt) + longest > block_size
+    parts = (prompt[longest - block_size:], chosen, rejected)
+    return Pair(*(np.array(ids, np.int32) for ids in parts)), longest, lost
+
+
+def encode_pairs(records, tokenizer, block_size, model_limit=None):
+    """Encode the records of read_jsonl: [Pair], and {what happened: number of pairs}.
 
     A pair is dropped if a text is blank, if its completions are identical, or if one of them is
-    longer than half of block_size. A prompt that is too long loses its first tokens.
+    longer than half of block_size. The counts also name model_limit, the block_size of --init.
     """
-    pairs, needed, seen, checksum, counts = [], [], set(), 0, Counter()
-    limit = 64 * block_size  # characters. It bounds the time that a very long text takes.
-    for x, y_w, y_l in texts:
-        checksum = zlib.crc32(json.dumps([x, y_w, y_l]).encode(), checksum)
+    pairs, counts, needed, more, unused = [], Counter(), [], "", {}
+    for record in records:
+        texts = [record[key] for key in KEYS]
+        others = [key for key in record if key not in KEYS]
+        unused.update(dict.fromkeys(others))  # a dict keeps the order in which they appear
         counts["in the file"] += 1
-        if not (x.strip() and y_w.strip() and y_l.strip()):
+        counts["unused"] += bool(others)
+        if not all(text.strip() for text in texts):
             counts["dropped: a text is blank"] += 1
-            continue
-        prompt, chosen = encode(tokenizer, x[-limit:], y_w[:limit])
-        rejected = encode(tokenizer, "", y_l[:limit]).completion
-        longest = max(len(chosen), len(rejected))
-        # The block_size that this pair needs; an estimate if a text was cut at the limit.
-        needed.append(2 * longest * max(1, len(y_w) / limit, len(y_l) / limit))
-        if needed[-1] > block_size:
-            continue
-        if chosen == rejected:
+        elif texts[1] == texts[2]:
             counts["dropped: the completions are identical"] += 1
-            continue
-        parts = (prompt[longest - block_size:], chosen, rejected)
-        pairs.append(Pair(*(np.array(ids, np.int32) for ids in parts)))
-        cut = len(x) > limit or len(prompt) + longest > block_size
-        counts["with a prompt that lost its first tokens"] += cut
-        counts["repeat an earlier pair"] += hash((x, y_w, y_l)) in seen
-        counts["contradict an earlier pair"] += hash((x, y_l, y_w)) in seen
-        seen.add(hash((x, y_w, y_l)))  # a hash needs less memory than the texts
-    most = np.quantile(needed or [0], 0.95, method="higher")
-    counts[f"dropped: a completion over half of --block_size {block_size}; 95% of the pairs need "
-           f"at most {most:.0f}"] = sum(size > block_size for size in needed)
-    return pairs, dict(+counts), checksum  # + removes zeros
+        else:
+            pair, longest, lost = encode_pair(texts, tokenizer, block_size)
+            if 2 * longest <= block_size:
+                pairs.append(pair)
+                counts["with a prompt that lost its first tokens"] += lost
+            else:
+                needed.append(2 * longest)
+                if max(len(texts[1]), len(texts[2])) > CHARACTERS * block_size:
+                    more = " or more"  # because this text was cut
+    if needed:
+        known = f"; the model of --init allows {model_limit}" if model_limit else ""
+        counts[f"dropped: a completion over half of --block_size {block_size}; they need "
+               f"--block_size {min(needed)} to {max(needed)}{more}{known}"] = len(needed)
+    counts[f"with fields that are not used: {', '.join(unused):.200}"] = counts.pop("unused", 0)
+    return pairs, {text: n for text, n in counts.items() if n}
 
 
 def split_pairs(pairs, fraction, block_size, seed):
     """Hold out a fraction of the prompts, with all of their pairs: (training, held-out pairs).
 
-    A hash of the prompt and the seed orders them. With two or more prompts, at least one is held
-    out and one is not, unless fraction is 0. Prompts with the same last block_size // 2 tokens
-    count as one, since a cut may keep only these.
+    With two or more prompts, at least one is held out and one is not, unless fraction is 0. Prompts
+    with the same last block_size // 2 tokens count as one, since a cut may keep only these.
     """
-    def key(pair):
-        end = pair.prompt[-(block_size // 2):].tolist()
-        return hashlib.sha256(f"{seed} {end}".encode()).digest()
-
-    groups = [list(group) for _, group in itertools.groupby(sorted(pairs, key=key), key)]
-    n = round(fraction * len(groups)) or math.ceil(fraction)  # at least 1, unless fraction is 0
-    n = max(0, min(n, len(groups) - 1))
-    return list(itertools.chain(*groups[n:])), list(itertools.chain(*groups[:n]))
+    ends = [pair.prompt[-(block_size // 2):].tobytes() for pair in pairs]
+    distinct = list(dict.fromkeys(ends))
+    n = max(0, min(len(distinct) - 1, math.ceil(fraction * len(distinct))))
+    order = np.random.default_rng(seed).permutation(len(distinct))
+    held_out = {distinct[i] for i in order[:n]}
+    return ([pair for pair, end in zip(pairs, ends) if end not in held_out],
+            [pair for pair, end in zip(pairs, ends) if end in held_out])
 
 
 # The toy task
@@ -233,7 +224,19 @@ FIGURES = {  # keys of exact_figures, with their labels in the report
     "chosen_change": "Δ log π(chosen), nats", "rejected_change": "Δ log π(rejected), nats"}
 
 
-def prompts():
+def toy_tokenizer():
+    """A tiktoken.Encoding that needs no download. Ids 0 to 255 are the bytes, so it encodes any
+    text. The next ids are the words of the toy task. The last id is EOS, its eot_token."""
+    text = " ".join(OPENINGS + VERBS + GENRES + tuple(WORD_REWARDS)).split()
+    words = sorted({" " + word for word in text} | {opening.split()[0] for opening in OPENINGS})
+    vocabulary = [bytes([i]) for i in range(256)] + [word.encode() for word in words]
+    pattern = r" ?\p{L}+|[^\p{L}]"  # a word with the space before it, or one other character
+    ranks = {token: i for i, token in enumerate(vocabulary)}
+    return tiktoken.Encoding("toy", pat_str=pattern, mergeable_ranks=ranks,
+                             special_tokens={"<|endoftext|>": len(vocabulary)})
+
+
+def toy_prompts():
     """All prompts: (80 to train on, 20 held out). Held-out prompts combine opening i with verb i.
     Training prompts never do."""
     every = [(i == j, f"{opening} {verb} {genre}:") for i, opening in enumerate(OPENINGS)
@@ -245,7 +248,7 @@ def genre_of(prompt):
     return prompt.rstrip(":").split()[-1]
 
 
-def corpus(prompts, n, rng):
+def toy_reviews(prompts, n, rng):
     """n reviews to fine-tune on, [(prompt, completion)]: good and bad, some words more frequent."""
     words_of = {}
     for genre in GENRES:
@@ -310,16 +313,5 @@ def pair_figures(logps, ref_logps, rewards, beta):
         sums["chosen_change"] += (weights.sum(1) @ change).item()
         sums["rejected_change"] += (weights.sum(0) @ change).item()
     weight = sums.pop("weight")
-    return {name: total / weight for name, total in sums.items()}
-
-
-def toy_tokenizer():
-    """A tiktoken.Encoding that needs no download. Ids 0 to 255 are the bytes, so it encodes any
-    text. The next ids are the words of the toy task. The last id is EOS, its eot_token."""
-    text = " ".join(OPENINGS + VERBS + GENRES + tuple(WORD_REWARDS)).split()
-    words = sorted({" " + word for word in text} | {opening.split()[0] for opening in OPENINGS})
-    vocabulary = [bytes([i]) for i in range(256)] + [word.encode() for word in words]
-    pattern = r" ?\p{L}+|[^\p{L}]"  # a word with the space before it, or one other character
-    ranks = {token: i for i, token in enumerate(vocabulary)}
-    return tiktoken.Encoding("toy", pat_str=pattern, mergeable_ranks=ranks,
-                             special_tokens={"<|endoftext|>": len(vocabulary)})
+    # If the reference gives one outcome all its probability, it samples no such pair.
+    return {name: total / weight if weight else math.nan for name, total in sums.items()}

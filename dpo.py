@@ -2,9 +2,14 @@
 # Copyright (c) 2026 the authors of Minimal DPO
 """Direct Preference Optimization (Rafailov et al. 2023, arXiv 2305.18290).
 
-You can copy this file into your project. It needs torch and nothing else.
+You can copy this file into your project, because it needs torch and nothing else. For each batch
+of pairs, compute four log-probabilities, then the loss:
 
-    logps = sequence_logps(model(tokens), tokens, mask)  # chosen, rejected; policy, reference
+    policy_chosen_logps = sequence_logps(policy(chosen), chosen, chosen_mask)
+    policy_rejected_logps = sequence_logps(policy(rejected), rejected, rejected_mask)
+    with torch.no_grad():
+        ref_chosen_logps = sequence_logps(reference(chosen), chosen, chosen_mask)
+        ref_rejected_logps = sequence_logps(reference(rejected), rejected, rejected_mask)
     losses, chosen_rewards, rejected_rewards = dpo_loss(policy_chosen_logps, policy_rejected_logps,
                                                         ref_chosen_logps, ref_rejected_logps, beta)
     losses.mean().backward()
@@ -19,7 +24,7 @@ import torch.nn.functional as F
 
 
 def sequence_logps(logits, tokens, mask):
-    """Log-probability of each row's scored tokens: log π(y|x) = Σ_t log π(y_t | x, y_<t).
+    """log π(y|x) = Σ_t log π(y_t | x, y_<t) of each row of a batch, from the model's logits.
 
     logits (B, T, V)  the model's output for tokens. Do not shift it; do not apply softmax.
            (N, V)     or only the logits that predict the N scored tokens:
@@ -30,7 +35,7 @@ def sequence_logps(logits, tokens, mask):
     returns (B,)      nats, ≤ 0; float32, or float64 if the logits are float64
     raises ValueError if shapes differ, or if a row's mask is True on its first token or nowhere
 
-    This is a sum, by the chain rule. Under a mean, β would become β/|y| for |y| tokens.
+    By the chain rule this is a sum; with a mean, β would become β/|y| for |y| tokens.
     Worked value: logits log [[.1 .9] [.3 .7] [.5 .5]], tokens [0 1 0], mask [0 1 1]:
     log .9 + log .3 = -1.309333.
     """
@@ -98,15 +103,15 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_r
 
 
 def preference_metrics(chosen_rewards, rejected_rewards, chosen_logps, rejected_logps):
-    """Standard metrics of a batch of pairs, with TRL's names: {name: (B,)}, without gradient. The
-    rewards are those of dpo_loss."""
+    """Standard metrics of a batch of pairs: {name: (B,)}, without gradient. The rewards are those
+    of dpo_loss. The names are TRL's, but here a tie counts ½ in the accuracy."""
     margins = chosen_rewards - rejected_rewards
     return {
         "rewards/chosen": chosen_rewards,  # implicit rewards: β times nats
         "rewards/rejected": rejected_rewards,
-        "rewards/accuracies": (margins.sign() + 1) / 2,  # a tie counts ½
+        "rewards/accuracies": (margins.sign() + 1) / 2,
         "rewards/margins": margins,
-        "logps/chosen": chosen_logps.detach(),  # nats. Both may fall while the margin grows.
+        "logps/chosen": chosen_logps.detach(),  # nats; both may fall while the margin grows
         "logps/rejected": rejected_logps.detach(),
     }
 

@@ -18,7 +18,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # (in, out) in GPT-2's files
-GPT2_HEADS = {768: 12, 1024: 16, 1280: 20, 1600: 25}  # of the published models, by channels
 GPT2_NETWORK = {  # fields of config.json that change the network, and supported values
     "model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "layer_norm_epsilon": (1e-5,), "tie_word_embeddings": (True,), "scale_attn_weights": (True,),
@@ -35,8 +34,9 @@ class GPTConfig:
     tokenizer: str = ""  # name of the tokenizer that made the ids
 
     def __post_init__(self):
-        if not isinstance(self.n_head, int) or self.n_head < 1 or self.n_embd % self.n_head:
-            raise ValueError(f"expected n_head to divide n_embd = {self.n_embd}, got {self.n_head}")
+        if type(self.n_head) is not int or self.n_head < 1 or self.n_embd % self.n_head:
+            raise ValueError(f"expected an integer n_head that divides n_embd = {self.n_embd}, got "
+                             f"{self.n_head!r:.60}")
 
 
 class Attention(nn.Module):
@@ -119,23 +119,28 @@ class GPT(nn.Module):
         return F.linear(hidden, self.wte.weight)
 
     @torch.no_grad()
-    def sample(self, prompts, max_new_tokens, temperature, eos, generator=None):
+    def sample(self, prompt_ids, max_new_tokens, temperature, eos, generator=None):
         """One completion y ~ π(·|x) per prompt, as lists of ids, up to EOS or max_new_tokens.
 
-        Temperature 1 samples from the model; 0 picks the most likely token. A generator must be on
-        the model's device. Raises ValueError if a prompt is empty or too long, or if the
-        temperature is neither 0 nor finite and at least 1e-6.
+        prompt_ids is a list of lists of ids. Temperature 1 samples from the model, and 0 picks the
+        most likely token. A generator must be on the model's device. Raises ValueError if a prompt
+        is empty or too long, or if the temperature is neither 0 nor finite and at least 1e-6.
         """
-        lengths = [len(prompt) for prompt in prompts]
+        lengths = [len(ids) for ids in prompt_ids]
+        if not lengths:
+            raise ValueError("expected at least one prompt, got an empty list")
         shortest, longest = min(lengths), max(lengths)
         if shortest < 1 or max_new_tokens < 1 or longest + max_new_tokens > self.config.block_size:
             raise ValueError("expected at least 1 token in a prompt and 1 new token, together at "
                              f"most {self.config.block_size}, got prompts of {shortest} to "
                              f"{longest} tokens and max_new_tokens = {max_new_tokens}")
         if not (temperature == 0 or 1e-6 <= temperature < math.inf):
-            raise ValueError(f"expected temperature 0 or at least 1e-6, got {temperature}")
+            raise ValueError("expected temperature 0 or a finite number of at least 1e-6, got "
+                             f"{temperature}")
         device = self.wte.weight.device
-        padded = torch.tensor([[*x, *[0] * (longest - len(x))] for x in prompts], device=device)
+        padded = torch.zeros(len(lengths), longest, dtype=torch.long, device=device)
+        for i, ids in enumerate(prompt_ids):
+            padded[i, :len(ids)] = torch.tensor(ids)
         length = torch.tensor(lengths, device=device)  # (B,)
         ended = torch.zeros_like(length, dtype=torch.bool)
         tokens, start, cache = padded[:, :shortest], 0, {}  # tokens from start on are not cached
@@ -156,34 +161,25 @@ class GPT(nn.Module):
         return [y[:y.index(eos) + 1] if eos in y else y for y in completions]
 
     @classmethod
-    def from_gpt2(cls, weights, n_head=None, tokenizer="gpt2"):
+    def from_gpt2(cls, weights, n_head, tokenizer="gpt2"):
         """A GPT from weights in GPT-2's published layout, {name: tensor}; n_head is not in them.
-        Raises a ValueError that names the first tensor that does not fit."""
+        Raises ValueError if a tensor is missing, unknown, of another shape or not finite."""
         masks = (".attn.bias", ".attn.masked_bias")  # old files contain the causal masks
         weights = {name.removeprefix("transformer."): w.T if name.endswith(TRANSPOSED) else w
                    for name, w in weights.items() if not name.endswith(masks)}
-        for name in ("wte.weight", "wpe.weight"):
-            if name not in weights or weights[name].dim() != 2:
-                raise ValueError(f"not weights of GPT-2: expected a matrix {name}")
         head = weights.pop("lm_head.weight", weights["wte.weight"])
         if not torch.equal(head, weights["wte.weight"]):
             raise ValueError("lm_head.weight differs from wte.weight; in GPT-2 they are equal")
-        (V, C), T = weights["wte.weight"].shape, len(weights["wpe.weight"])
         n_layer = sum(name.endswith("ln_1.weight") for name in weights)
-        if n_head is None:
-            n_head = GPT2_HEADS.get(C)
-        if n_head is None:
-            raise ValueError(f"n_head is not stored in weights with {C} channels: put the model's "
-                             "config.json in the same folder, or give n_head")
-        model = cls(GPTConfig(V, T, n_layer, n_head, C, tokenizer))
-        expected = model.state_dict()
-        for name in expected | weights:
-            shapes = [tuple(w[name].shape) if name in w else None for w in (expected, weights)]
-            if shapes[0] != shapes[1]:
-                raise ValueError(f"{name}: expected shape {shapes[0]}, got {shapes[1]}")
-            if not (weights[name].is_floating_point() and weights[name].float().isfinite().all()):
-                raise ValueError(f"{name}: expected finite float numbers")
-        model.load_state_dict(weights)
+        T = len(weights.get("wpe.weight", head))  # if it is missing, load_state_dict says so
+        model = cls(GPTConfig(len(head), T, n_layer, n_head, head.shape[-1], tokenizer))
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as error:  # it lists what is missing, unknown or of another shape
+            raise ValueError(f"{' '.join(str(error).split()):.300}") from None
+        for name, p in model.named_parameters():
+            if not p.isfinite().all():
+                raise ValueError(f"{name}: expected finite numbers")
         return model
 
     def to_gpt2(self):
@@ -192,28 +188,28 @@ class GPT(nn.Module):
                 for name, w in self.state_dict().items()}
 
     @classmethod
-    def load(cls, path, n_head=None):
-        """A GPT from a file that save wrote, or from GPT-2's pytorch_model.bin. The latter needs
-        config.json beside it, a published width, or n_head. Raises ValueError or OSError."""
-        weights, tokenizer, config = load_checkpoint(path), "gpt2", {}
-        config_path = Path(path).with_name("config.json")
-        if "weights" in weights:  # save wrote this file
-            n_head, tokenizer = weights.get("n_head"), weights.get("tokenizer")
-            weights = weights["weights"]
-        elif config_path.exists():
-            config = read_config(config_path)
-            n_head = config["n_head"]
-        if not isinstance(weights, dict) or not all(
-                isinstance(name, str) and torch.is_tensor(w) and w.layout == torch.strided
-                and not w.is_meta for name, w in weights.items()):
-            raise ValueError(f"{path}: not the weights of a GPT")
+    def load(cls, path):
+        """A GPT from a file that save wrote, or from GPT-2's pytorch_model.bin with config.json in
+        the same folder. Raises ValueError or OSError."""
+        if os.path.isdir(path) or not os.path.exists(path):
+            raise ValueError(f"{path}: expected a file, such as out/sft.pt or pytorch_model.bin")
+        saved = load_checkpoint(path)
+        weights, config = saved.get("weights", saved), saved
+        if "wte.weight" not in weights and "transformer.wte.weight" not in weights:
+            raise ValueError(f"{path}: expected a GPT-2 model with a tensor wte.weight, but the "
+                             f"first names are {list(weights)[:3]!r:.200}")
+        if not all(isinstance(name, str) and torch.is_tensor(w) for name, w in weights.items()):
+            raise ValueError(f"{path}: expected a tensor for every name")
+        if "weights" not in saved:  # save did not write this file
+            config = read_config(Path(path).with_name("config.json"))
         try:
-            model = cls.from_gpt2(weights, n_head, tokenizer)
+            model = cls.from_gpt2(weights, config.get("n_head"), config.get("tokenizer", "gpt2"))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-        n_embd = config.get("n_embd", model.config.n_embd)
-        if n_embd != model.config.n_embd:  # config.json belongs to another model
-            raise ValueError(f"{config_path}: n_embd {n_embd!r:.60} does not fit {path}")
+        for name in ("n_layer", "n_embd"):  # another model's config.json has other heads
+            if config.get(name, getattr(model.config, name)) != getattr(model.config, name):
+                raise ValueError(f"{path}: config.json has {name} {config[name]!r:.60}, but the "
+                                 f"weights have {getattr(model.config, name)}")
         return model
 
     def save(self, path):
@@ -222,16 +218,20 @@ class GPT(nn.Module):
 
 
 def read_config(path):
-    """GPT-2's config.json as a dict. Raises ValueError if it describes another network."""
+    """GPT-2's config.json as a dict. Raises ValueError if it is missing, without n_head, or of
+    another network."""
+    if not path.exists():
+        raise ValueError(f"not a checkpoint of GPT.save; pytorch_model.bin needs its config.json "
+                         f"in the same folder, and there is no {path}")
     try:
-        config = {"n_head": 12} | json.loads(path.read_text(encoding="utf-8"))
-    except (RecursionError, TypeError, ValueError):
-        raise ValueError(f"{path}: expected a JSON object") from None
+        config = json.loads(path.read_text(encoding="utf-8-sig"))  # with or without a BOM
+    except (RecursionError, ValueError):
+        config = None
+    if not isinstance(config, dict) or "n_head" not in config:
+        raise ValueError(f"{path}: expected a JSON object with n_head")
     for name, accepted in GPT2_NETWORK.items():
         if config.get(name, accepted[0]) not in accepted:
             raise ValueError(f"{path}: expected {name} {accepted[0]!r}, got {config[name]!r:.60}")
-    if type(config["n_head"]) is not int:  # True would be an int too
-        raise ValueError(f"{path}: expected an integer n_head, got {config['n_head']!r:.60}")
     return config
 
 
