@@ -146,7 +146,7 @@ BUGS = {  # a student's mistakes: (file, old, new, the last line of the tracebac
     "shape": ("dpo.py", "losses = -F.logsigmoid(margins)", "losses = -F.logsigmoid(margins) + torch.zeros(5)", "RuntimeError: The size of tensor"),
     "not implemented": ("dpo.py", "losses = -F.logsigmoid(margins)", 'raise NotImplementedError("todo")', "NotImplementedError: todo"),
     "value": ("model.py", "x = block(x, cache)", 'raise ValueError("mine")', "ValueError: mine"),
-    "set-up": ("model.py", "self.ln_f = nn", 'raise ValueError("mine"); self.ln_f = nn', "ValueError: mine"),
+    "set-up": ("model.py", "self.ln_f = nn", "self.ln_f = n", "NameError: name 'n' is not defined"),
     "detached": ("train.py", "return losses, preference_metrics(", "return losses.detach(), preference_metrics(", "RuntimeError: element 0 of tensors does not require grad")}
 
 
@@ -174,8 +174,8 @@ def refused(*arguments, capsys):
     return error
 
 
-def test_a_folder_with_an_earlier_run_is_refused_without_resume(copied, tmp_path, capsys):
-    expected = f"error: {copied} holds an earlier run: continue it with --resume, or choose another folder with --out\n"
+def test_a_folder_with_an_earlier_run_is_refused_and_the_message_names_the_three_ways_out(copied, tmp_path, capsys):
+    expected = f"error: {copied} holds an earlier run: continue it with --resume, replace it with --overwrite, or choose another folder with --out\n"
     assert refused(*TINY, "--out", copied, capsys=capsys) == expected
     for name in ("metrics.jsonl", "sft.pt", "dpo.pt"):  # a part of it is enough
         folder = tmp_path / name
@@ -184,9 +184,78 @@ def test_a_folder_with_an_earlier_run_is_refused_without_resume(copied, tmp_path
         assert f"error: {folder} holds an earlier run: " in refused(*TINY, "--out", folder, capsys=capsys)
 
 
+def test_overwrite_replaces_an_earlier_run_and_only_its_four_files(copied, whole, tmp_path):
+    for name in ("sft.pt", "dpo.pt"):  # of another model
+        save_checkpoint(copied / name, {"weights": {}})
+    (copied / "notes.txt").write_text("mine")
+    train.main([*TINY, "--seed", "1", "--out", str(copied), "--overwrite"])
+    assert (copied / "notes.txt").read_text() == "mine" and not same(outcome(copied), whole[1])
+    train.main([*TINY, "--out", str(copied), "--overwrite"])
+    assert same(outcome(copied), whole[1])
+    train.main([*TINY, "--out", str(copied), "--resume"])  # --overwrite may differ
+    train.main([*TINY, "--out", str(tmp_path / "new"), "--overwrite"])  # there is nothing to delete
+    assert same(outcome(tmp_path / "new"), whole[1])
+
+
+def test_overwrite_deletes_nothing_before_all_input_is_read_and_checked(copied, tmp_path, capsys):
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "x"}')
+    (tmp_path / "blank.jsonl").write_text('{"prompt": "x", "chosen": "", "rejected": "y"}')
+    for name in ("nope", "bad", "blank"):
+        assert f"{name}.jsonl" in refused(*TINY, "--data", tmp_path / f"{name}.jsonl", "--out", copied, "--overwrite", capsys=capsys)
+    for flags in (["--beta", "inf"], ["--n_head", "3"], ["--tokenizer", "gpt3"], ["--resume"]):
+        refused(*TINY, *flags, "--out", copied, "--overwrite", capsys=capsys)
+    refused(*TINY[4:], "--init", tmp_path / "nope.pt", "--out", copied, "--overwrite", capsys=capsys)
+
+
+@pytest.mark.parametrize("name", train.FILES)
+def test_overwrite_is_refused_if_the_run_reads_one_of_the_files(copied, tmp_path, capsys, name):
+    """Also under another path: a link to it, or a path with dots."""
+    init = [flag for flag in TINY[4:] if flag not in ("--tokenizer", "toy")]
+    if name in ("sft.pt", "dpo.pt"):
+        (tmp_path / "link.pt").symlink_to(copied / name)
+        for path in (copied / name, tmp_path / "link.pt", copied / ".." / "out" / name):
+            assert "--overwrite would delete " in refused(*init, "--init", path, "--out", copied, "--overwrite", capsys=capsys)
+    shutil.copy(PAIRS, copied / name)  # as --data, under a name of the four
+    assert "--overwrite would delete " in refused(*TINY, "--data", copied / name, "--out", copied, "--overwrite", capsys=capsys)
+
+
+def test_a_kill_after_overwrite_never_leaves_a_state_of_the_earlier_run(copied, whole, monkeypatch):
+    """Between any two calls that change a file: if a state is there, it is the new run's, or nothing is deleted yet."""
+    before, seen = files(copied), []
+    def watched(function):
+        def call(*arguments, **options):
+            seen.append(files(copied))
+            return function(*arguments, **options)
+        return call
+    monkeypatch.setattr(train.Path, "unlink", watched(train.Path.unlink))
+    monkeypatch.setattr(train, "save_checkpoint", watched(train.save_checkpoint))
+    train.main([*TINY, "--seed", "1", "--out", str(copied), "--overwrite"])
+    assert seen[0] == before and len(seen) > 10
+    for moment in seen[1:]:
+        assert moment.get("state.pt") != before["state.pt"]
+    assert seen[4].keys() == set()  # after four deletions, before the first save
+
+
+def test_runs_that_are_killed_right_after_overwrite_can_be_resumed_or_overwritten(whole, tmp_path):
+    other, rng, resumed = tmp_path / "other", np.random.default_rng(1), 0
+    train.main([*TINY, "--seed", "1", "--out", str(other)])
+    for i in range(4):
+        out = shutil.copytree(other, tmp_path / str(i))
+        process = start(*TINY, "--out", out, "--overwrite")
+        while process.is_alive() and (out / "dpo.pt").exists():
+            time.sleep(0.0005)
+        time.sleep(rng.uniform(0, 0.05))
+        process.kill()
+        process.join()
+        possible = (out / "state.pt").exists()  # then it is the new run's
+        code, printed = finish(*TINY, "--out", out, "--resume" if possible else "--overwrite")
+        assert code == 0 and same(outcome(out), whole[1]), printed
+
+
 def test_resume_starts_from_the_weights_that_the_run_began_with(whole, tmp_path):
     """Without SFT too: the file behind --init may have changed in the meantime."""
-    flags = [*TINY[4:], "--init", str(tmp_path / "init.pt"), "--sft_steps", "0", "--out"]
+    flags = [flag for flag in TINY[4:] if flag not in ("--tokenizer", "toy")]
+    flags += ["--init", str(tmp_path / "init.pt"), "--sft_steps", "0", "--out"]
     shutil.copy(whole[0] / "sft.pt", tmp_path / "init.pt")
     train.main([*flags, str(tmp_path / "a")])
     out = tmp_path / "b"
@@ -200,21 +269,29 @@ def test_resume_starts_from_the_weights_that_the_run_began_with(whole, tmp_path)
 
 
 @pytest.mark.parametrize("name, value, before", [
-    ("beta", 0.5, 1.0), ("seed", 1, 0), ("steps", 41, 40), ("n_embd", 32, 16), ("learning_rate", 0.01, 0.001), ("dtype", "bfloat16", "float32"),
-    ("held_out", 0.2, 0.1), ("block_size", 200, 256), ("grad_accum", 2, 1), ("label_smoothing", 0.1, 0.0)])
+    ("beta", 0.5, 1.0), ("seed", 1, 0), ("steps", 41, 40), ("sft_steps", 41, 40), ("n_embd", 32, 16), ("n_layer", 2, 1), ("n_head", 2, 4),
+    ("learning_rate", 0.01, 0.001), ("sft_learning_rate", 0.01, 0.004), ("dtype", "bfloat16", "float32"), ("held_out", 0.2, 0.1),
+    ("block_size", 200, 256), ("batch_size", 5, 4), ("grad_accum", 2, 1), ("label_smoothing", 0.1, 0.0), ("n_pairs", 9, 32768), ("n_reviews", 9, 20000)])
 def test_resume_with_another_setting_is_refused_with_both_values(copied, capsys, name, value, before):
     error = refused(*TINY, f"--{name}", value, "--out", copied, "--resume", capsys=capsys)
     assert error == f"error: {copied}/state.pt: {name} was {before}, now it is {value}\n"
 
 
-def test_resume_with_another_text_is_refused_and_with_a_moved_file_it_continues(whole, copied, tmp_path, capsys):
-    """A checksum covers every text, the rejected ones too."""
+def test_resume_compares_every_setting_but_five(copied):
+    """device is alike on every machine that has only a CPU; init and tokenizer are compared as the others are."""
+    saved = load_checkpoint(copied / "state.pt")["settings"]
+    names = {f.name for f in train.fields(train.Config)}
+    assert names - saved.keys() == {"data", "out", "save_every", "resume", "overwrite"}
+
+
+def test_resume_with_other_pairs_is_refused_and_with_a_moved_file_it_continues(whole, copied, tmp_path, capsys):
+    """The checksum covers the ids of every prompt, chosen and rejected completion."""
     for old, new in ((" depends", " hinges"), ("Eight", "Seven"), ("boil an", "cook an")):
         text = open(PAIRS).read()
         assert old in text
         (tmp_path / "changed.jsonl").write_text(text.replace(old, new, 1))
         error = refused(*TINY, "--data", tmp_path / "changed.jsonl", "--out", copied, "--resume", capsys=capsys)
-        assert "state.pt: checksum of the texts in --data was " in error
+        assert "state.pt: checksum of the pairs in --data was " in error
     shutil.copy(PAIRS, tmp_path / "moved.jsonl")
     moved = copied.rename(tmp_path / "elsewhere")
     train.main([*TINY, "--data", str(tmp_path / "moved.jsonl"), "--save_every", "9", "--out", str(moved), "--resume"])
@@ -223,27 +300,30 @@ def test_resume_with_another_text_is_refused_and_with_a_moved_file_it_continues(
 
 def test_resume_without_a_good_state_is_refused(whole, copied, capsys):
     (copied / "state.pt").unlink()
-    assert "there is no state.pt to continue from; leave out --resume, or choose another folder with --out" in refused(*TINY, "--out", copied, "--resume", capsys=capsys)
+    assert f"error: {copied}/state.pt: No such file or directory\n" == refused(*TINY, "--out", copied, "--resume", capsys=capsys)
     state = (whole[0] / "state.pt").read_bytes()
     save_checkpoint(copied / "state.pt", {"settings": {}, "metrics_size": 0})
     assert "state.pt: held_out was None, now it is 0.1" in refused(*TINY, "--out", copied, "--resume", capsys=capsys)
     (copied / "state.pt").write_bytes((copied / "sft.pt").read_bytes())
-    assert "state.pt: not the state of a run" in refused(*TINY, "--out", copied, "--resume", capsys=capsys)
+    assert "state.pt: held_out was None, now it is 0.1" in refused(*TINY, "--out", copied, "--resume", capsys=capsys)
     for wrong in (b"", b"rubbish", state[:-99], state[:9000] + bytes(99) + state[9099:]):
         (copied / "state.pt").write_bytes(wrong)
         assert "state.pt: " in refused(*TINY, "--out", copied, "--resume", capsys=capsys)
 
 
-def test_metrics_are_cut_to_the_saved_length_and_shorter_ones_are_refused(whole, copied, capsys):
+def test_metrics_are_cut_to_the_saved_length_and_shorter_or_missing_ones_are_appended_to(whole, copied):
     with open(copied / "metrics.jsonl", "ab") as file:
         file.write(b'{"stage": "DPO", "st')
     train.main([*TINY, "--out", str(copied), "--resume"])
     assert same(outcome(copied), whole[1])
     content = (copied / "metrics.jsonl").read_bytes()
+    report = content.splitlines(keepends=True)[-1]
     (copied / "metrics.jsonl").write_bytes(content[:1000])
-    assert "metrics.jsonl is shorter than when state.pt was saved; " in refused(*TINY, "--out", copied, "--resume", capsys=capsys)
+    train.main([*TINY, "--out", str(copied), "--resume"])
+    assert (copied / "metrics.jsonl").read_bytes() == content[:1000] + report
     (copied / "metrics.jsonl").unlink()
-    assert "metrics.jsonl: No such file or directory" in refused(*TINY, "--out", copied, "--resume", capsys=capsys)
+    train.main([*TINY, "--out", str(copied), "--resume"])
+    assert (copied / "metrics.jsonl").read_bytes() == report
 
 
 def test_a_loss_that_is_not_finite_is_one_line_and_the_last_state_stays(whole, tmp_path, capsys, monkeypatch):
@@ -253,10 +333,11 @@ def test_a_loss_that_is_not_finite_is_one_line_and_the_last_state_stays(whole, t
         losses, *rewards = dpo_loss(*arguments, **options)
         return losses * (float("inf") if next(calls) == 20 else 1), *rewards
     monkeypatch.setattr(train, "dpo_loss", diverging)
-    with pytest.raises(FloatingPointError, match=r"step \d+: loss (inf|nan), norm of the gradient .*; is the learning rate 0.001 too high\?"):
+    message = r"^DPO step 11: loss inf, norm of the gradient .*; is the learning rate 0.001 too high\? Start again with another --out$"
+    with pytest.raises(FloatingPointError, match=message):
         train.main([*TINY, "--out", str(out)])
     state, lines = load_checkpoint(out / "state.pt"), (out / "metrics.jsonl").read_text().splitlines()
-    assert state["DPO"][0] % 7 == 0 and not (out / "dpo.pt").exists()
+    assert state["DPO"][0] == 7 and not (out / "dpo.pt").exists()
     assert all(torch.equal(p, whole[1][1][0][name]) for name, p in GPT.load(out / "sft.pt").state_dict().items())
     assert all(np.isfinite(json.loads(line)["loss"]) for line in lines)
     monkeypatch.undo()
