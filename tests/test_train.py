@@ -1,6 +1,5 @@
 """train.py: settings, the training loop, the stages, the two tasks and their reports."""
 import copy
-import functools
 import gc
 import itertools
 import json
@@ -48,16 +47,18 @@ def tiny_model(**shape):
 
 def tiny_pairs(n=12):
     """Pairs of different lengths, as ids."""
-    rng, prompts = np.random.default_rng(0), data.prompts()[0]
-    drawn = [data.corpus(prompts[:1], n, rng) for _ in range(2)]
-    return [data.Pair(*data.encode(TOKENIZER, x, y_w), data.encode(TOKENIZER, x, y_l).completion)
+    rng, prompts = np.random.default_rng(0), data.toy_prompts()[0]
+    drawn = [data.toy_reviews(prompts[:1], n, rng) for _ in range(2)]
+    return [data.Pair(*data.encode(TOKENIZER, x, y_w), data.encode_completion(TOKENIZER, y_l))
             for (x, y_w), (_, y_l) in zip(*drawn, strict=True)]
 
 
-def fit_dpo(policy, scored_pairs, cfg):
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1.0, weight_decay=0)
-    batches = data.batches(scored_pairs, cfg.batch_size, cfg.seed)
-    return train.fit(policy, optimizer, batches, train.dpo_objective, cfg.steps, cfg.learning_rate, cfg)
+def train_dpo(policy, scored_pairs, cfg):
+    """A plain loop around train_step. Yields the metrics of each step."""
+    optimizer, batches = train.make_optimizer(policy), data.batches(scored_pairs, cfg.batch_size, cfg.seed)
+    for step in range(1, cfg.steps + 1):
+        optimizer.param_groups[0]["lr"] = train.warmup_cosine(step, cfg.steps, cfg.learning_rate)
+        yield train.train_step(policy, optimizer, next(batches), train.dpo_objective, cfg)
 
 
 # The whole pipeline
@@ -67,10 +68,10 @@ def test_a_small_run_comes_close_to_the_optimum(small):
     process, out = small
     assert process.returncode == 0 and process.stderr == "", process.stderr
     report = {name.removeprefix("report/"): value for name, value in read_metrics(out)[-1].items()}
-    assert set(report) == {"objective_share", "kl_to_optimum", "implicit_reward_correlation", "kl", "kl_error"} | {
+    assert set(report) == {"objective_share", "kl_to_optimum", "implicit_reward_correlation", "sampled_kl", "sampled_kl_error"} | {
         f"{row}/{figure}" for row in ("sft", "dpo", "optimum") for figure in data.FIGURES}
     assert report["sft/reward"] < 0.6 and report["dpo/reward"] > 2.5
-    assert abs(report["kl"] - report["dpo/kl"]) < 4 * report["kl_error"] < 4  # the estimate agrees with the exact KL
+    assert abs(report["sampled_kl"] - report["dpo/kl"]) < 4 * report["sampled_kl_error"] < 4  # the estimate agrees with the exact KL
     assert 0.95 < report["objective_share"] < 1 and 0 < report["kl_to_optimum"] < 0.1
     assert report["dpo/valid"] > 0.99 and report["dpo/win_rate"] > 0.85 and report["implicit_reward_correlation"] > 0.98
     assert 0.97 < report["dpo/accuracy"] / report["optimum/accuracy"] < 1
@@ -83,24 +84,27 @@ def test_metrics_hold_every_step_and_ten_evaluations(small):
     sft, dpo = stage_metrics(small[1], "SFT"), stage_metrics(small[1])
     assert [m["step"] for m in sft] == list(range(1, 501)) and [m["step"] for m in dpo] == list(range(1, 401))
     names = {"loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected"}
-    assert set(sft[0]) == {"stage", "step", "loss"} and set(dpo[0]) == {"stage", "step"} | names
+    assert set(sft[0]) == {"stage", "step", "loss", "nats_per_token"} and set(dpo[0]) == {"stage", "step"} | names
     evaluated = [m for m in dpo if "eval/loss" in m]
     assert [m["step"] for m in evaluated] == list(range(40, 401, 40))
     assert all({f"eval/{name}" for name in names} <= set(m) for m in evaluated)
     assert dpo[0]["loss"] == pytest.approx(LN2, abs=1e-5) and dpo[0]["rewards/margins"] == pytest.approx(0, abs=1e-4)
-    assert sft[0]["loss"] * 3 == pytest.approx(math.log(299) * 3, rel=0.1)  # nats per token, of 299 tokens
+    assert sft[0]["nats_per_token"] == pytest.approx(math.log(299), rel=0.1)  # of 299 tokens; reviews have 2 to 4
+    assert 2 < sft[0]["loss"] / sft[0]["nats_per_token"] < 4
 
 
 def test_printed_rows_are_the_means_of_each_tenth_in_80_columns(small):
     lines = small[0].stdout.splitlines()
     assert max(map(len, lines)) <= 80
     headers = [line for line in lines if line.split()[:1] == ["step"]]
-    assert [line.split() for line in headers] == [["step", "loss", "ETA"], [
+    assert [line.split() for line in headers] == [["step", "loss", "nats/tok", "ETA"], [
         "step", "loss", "accuracy", "margin", "chosen", "rejected", "held-out", "accuracy", "ETA"]]
     first = lines[lines.index(headers[1]) + 1]
     ends = [match.end() for match in re.finditer(r"\S+", headers[1])]
     assert [match.end() for match in re.finditer(r"\S+", first[13:])][:7] == [end - 13 for end in ends[1:8]]  # right-aligned
     names = ["loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected"]
+    sft = [float(x) for x in lines[lines.index(headers[0]) + 3].split()[2:4]]
+    assert sft == pytest.approx([np.mean([m[name] for m in stage_metrics(small[1], "SFT")[100:150]]) for name in ("loss", "nats_per_token")], abs=6e-4)
     rows = [line.split() for line in lines if line.startswith("DPO ")  and "/400" in line]
     assert len(rows) == 10
     for k, row in enumerate(rows):
@@ -112,7 +116,7 @@ def test_printed_rows_are_the_means_of_each_tenth_in_80_columns(small):
 
 def exact_rows(out, beta=1.0):
     """Log-probabilities of all outcomes under both saved models, with a naive loop for the first review."""
-    prompts, cfg = data.prompts()[1], Config(device="cpu")
+    prompts, cfg = data.toy_prompts()[1], Config(device="cpu")
     models = [GPT.load(out / name) for name in ("sft.pt", "dpo.pt")]
     logps = [train.outcome_logps(model, prompts, cfg, TOKENIZER) for model in models]
     x, y = data.encode(TOKENIZER, prompts[0], data.REVIEWS[500])
@@ -128,11 +132,14 @@ def test_the_printed_report_of_the_toy_task_follows_from_the_saved_models(small)
     prompts, (sft, dpo) = exact_rows(out)
     rewards = data.outcome_rewards(prompts)
     columns = {"SFT": sft, "DPO": dpo, "OPTIMUM": (sft + rewards).log_softmax(-1)}
+    labels = {"objective E[r] - β KL": "objective", "E[r]": "reward", "KL(π‖π_ref), nats": "kl", "P(well-formed)": "valid",
+              "win rate against SFT": "win_rate", "preference accuracy": "accuracy", "implicit reward margin": "margin",
+              "DPO loss, nats": "loss", "Δ log π(chosen), nats": "chosen_change", "Δ log π(rejected), nats": "rejected_change"}
     table = text[text.index("20 held-out prompts, exact"):].splitlines()
     assert table[0].split()[-3:] == list(columns)
     figures = [data.exact_figures(logps, sft, rewards, 1.0) for logps in columns.values()]
-    for line, (key, label) in zip(table[1:11], data.FIGURES.items(), strict=True):
-        assert line.startswith(label) and [float(x) for x in line.split()[-3:]] == pytest.approx([f[key] for f in figures], abs=1e-3)
+    for line, (label, key) in zip(table[1:11], labels.items(), strict=True):
+        assert line.startswith(f"{label:28} ") and [float(x) for x in line.split()[-3:]] == pytest.approx([f[key] for f in figures], abs=1e-3)
     start, reached, best = (f["objective"] for f in figures)
     share = float(re.search(r"DPO achieves ([\d.]+)% of the achievable improvement", text)[1])
     assert share == pytest.approx(100 * (reached - start) / (best - start), abs=0.1)
@@ -146,7 +153,7 @@ def test_the_printed_report_of_the_toy_task_follows_from_the_saved_models(small)
 def own(tmp_path_factory):
     """A run on the 200 pairs of the tests: (what it printed, its folder)."""
     out = tmp_path_factory.mktemp("own") / "out"
-    process = start("--data", PAIRS, "--tokenizer", "toy", "--sft_steps", 100, "--steps", 40, "--batch_size", 32, "--held_out", 0.2,
+    process = start("--data", PAIRS, "--tokenizer", "toy", "--sft_steps", 60, "--steps", 30, "--batch_size", 32, "--held_out", 0.2,
                     "--learning_rate", 3e-4, "--device", "cpu", "--out", out)
     printed, errors = process.communicate()
     assert process.returncode == 0, errors
@@ -160,14 +167,18 @@ def samples_in(text):
 
 
 @pytest.mark.parametrize("name", ["small", "own"])
-def test_printed_samples_are_those_of_the_saved_models_on_held_out_prompts(name, request, own):
-    text, out = own if name == "own" else (request.getfixturevalue("small")[0].stdout, request.getfixturevalue("small")[1])
+def test_printed_samples_are_those_of_the_saved_models_on_held_out_prompts(name, request):
+    if name == "own":
+        text, out = request.getfixturevalue("own")
+    else:
+        process, out = request.getfixturevalue("small")
+        text = process.stdout
     models, cfg = [GPT.load(out / file) for file in ("sft.pt", "dpo.pt")], Config(device="cpu")
     if name == "own":
         pairs = data.encode_pairs(data.read_jsonl(PAIRS), TOKENIZER, 256)[0]
         held_out = [list(x) for x in dict.fromkeys(tuple(pair.prompt) for pair in data.split_pairs(pairs, 0.2, 256, 0)[1])][:32]
     else:
-        held_out = [TOKENIZER.encode_ordinary(x) for x in data.prompts()[1]]
+        held_out = [TOKENIZER.encode_ordinary(x) for x in data.toy_prompts()[1]]
     n = 128 if name == "own" else 4
     completions = [train.sample(model, held_out, n, cfg, TOKENIZER) for model in models]
     expected = {f"{TOKENIZER.decode(x)!r:.80}": [f"{data.decode(TOKENIZER, ys[i])!r:.71}" for ys in completions]
@@ -183,8 +194,8 @@ def test_printed_samples_are_those_of_the_saved_models_on_held_out_prompts(name,
     assert [float(kl), float(error)] == pytest.approx([ratios.mean(), ratios.std(ddof=1) / len(ratios) ** 0.5], abs=2e-3)
 
 
-def test_the_printed_report_on_own_pairs_follows_from_the_saved_models(own):
-    """Each figure is computed again, from rows that are scored one at a time."""
+def test_the_evaluation_of_held_out_pairs_follows_from_the_saved_models(own):
+    """Each figure of the last step is computed again, from held-out rows that are scored one at a time."""
     text, out = own
     pairs = data.split_pairs(data.encode_pairs(data.read_jsonl(PAIRS), TOKENIZER, 256)[0], 0.2, 256, 0)[1]
     logps = {}
@@ -197,97 +208,205 @@ def test_the_printed_report_on_own_pairs_follows_from_the_saved_models(own):
     expected = {"loss": np.log1p(np.exp(rejected - chosen)), "rewards/chosen": chosen, "rewards/rejected": rejected,
                 "rewards/accuracies": chosen > rejected, "rewards/margins": chosen - rejected,
                 "logps/chosen": logps["dpo", "chosen"], "logps/rejected": logps["dpo", "rejected"]}
-    assert f"\n{len(pairs)} held-out pairs; before DPO: loss 0.693, margin 0\n" in text
-    report = read_metrics(out)[-1]
-    for name, values in expected.items():
-        printed = float(re.search(rf"\n    {name} +(\S+)\n", text)[1])
-        assert printed == pytest.approx(values.mean(), abs=2e-3) and report[f"report/{name}"] == pytest.approx(values.mean(), abs=1e-3)
-    assert expected["rewards/accuracies"].mean() > 0.85 and expected["loss"].mean() < 0.5  # it has learned
+    last = stage_metrics(out)[-1]
+    assert {name: last[f"eval/{name}"] for name in expected} == pytest.approx({name: x.mean() for name, x in expected.items()}, abs=1e-3)
+    assert expected["rewards/accuracies"].mean() > 0.8 and expected["loss"].mean() < 0.6  # it has learned
     assert text.splitlines()[:5] == [f"       200 pairs in {PAIRS}", f"{200 - len(pairs):10} to train on", f"{len(pairs):10} held out (--held_out 0.2)",
                                      "mean length: chosen 28.3, rejected 65.6 tokens", "β 1, learning rates 0.004 (SFT) and 0.0003 (DPO), float32 on cpu, seed 0"]
 
 
+def test_printed_pairs_are_the_first_two_of_the_file_with_chosen_and_rejected_as_in_it(own):
+    with open(PAIRS) as file:
+        records = [json.loads(line) for line in file]
+    found = re.findall(r"\n'(.*)'\n    chosen   '(.*)\n    rejected '(.*)", own[0])
+    assert len(found) == 2
+    for prompt, chosen, rejected in found:
+        [record] = [r for r in records if r["prompt"] == prompt and r["chosen"] in chosen]
+        assert chosen == f"{record['chosen']}<|endoftext|>'"[:66] and rejected == f"{record['rejected']}<|endoftext|>'"[:66]
+
+
 def test_each_setting_changes_what_it_names_and_nothing_before(tmp_path, monkeypatch, capsys):
-    """The pipeline's results, in order: weights, corpus, SFT's losses, pairs, DPO's losses, report."""
-    seen, run_stage = [], train.run_stage
+    """The pipeline's results, in order: weights, SFT's rows, SFT's losses, pairs, DPO's losses, report."""
+    seen, train_stage = [], train.train_stage
     def watched(run, stage, model, examples, *rest, **named):
         seen.append([p.sum().item() for p in model.parameters()] if stage == "SFT" else [])
         seen.append([[list(ids) for ids in example[:3]] for example in examples])
-        run_stage(run, stage, model, examples, *rest, **named)
-    monkeypatch.setattr(train, "run_stage", watched)
+        train_stage(run, stage, model, examples, *rest, **named)
+    monkeypatch.setattr(train, "train_stage", watched)
     monkeypatch.setattr(train, "report_exactly", lambda *_: {})
     def results(base, *change):
         out = tmp_path / str(len(list(tmp_path.iterdir())))
         seen.clear()
         train.main([*base, "--out", str(out), *change])
-        weights, corpus, _, pairs = seen
+        weights, rows, _, pairs = seen
         losses = [[m["loss"] for m in stage_metrics(out, stage)] for stage in ("SFT", "DPO")]
-        return [weights, corpus, losses[0], pairs, losses[1], read_metrics(out)[-1]]
-    WEIGHTS, CORPUS, SFT, SAMPLED, DPO, NOTHING = range(6)
+        return [weights, rows, losses[0], pairs, losses[1], read_metrics(out)[-1]]
+    WEIGHTS, ROWS, SFT, SAMPLED, DPO, NOTHING = range(6)
     toy, own = [*TINY, "--block_size", "64"], [*OWN, "--block_size", "128"]
     cases = [(toy, *case) for case in (
-        ("n_layer", 2, WEIGHTS), ("n_embd", 32, WEIGHTS), ("block_size", 65, WEIGHTS), ("seed", 1, WEIGHTS), ("n_reviews", 90, CORPUS),
+        ("n_layer", 2, WEIGHTS), ("n_embd", 32, WEIGHTS), ("block_size", 65, WEIGHTS), ("seed", 1, WEIGHTS), ("n_reviews", 90, ROWS),
         ("n_head", 2, SFT), ("sft_steps", 4, SFT), ("sft_learning_rate", 1e-3, SFT), ("batch_size", 9, SFT), ("dtype", "bfloat16", SFT),
         ("n_pairs", 90, SAMPLED), ("steps", 4, DPO), ("learning_rate", 1e-2, DPO), ("beta", 2.0, DPO), ("label_smoothing", 0.2, DPO),
-        ("save_every", 1, NOTHING))] + [(own, "held_out", 0.3, CORPUS), (own, "seed", 1, WEIGHTS), (own, "block_size", 127, WEIGHTS)]
+        ("save_every", 1, NOTHING))] + [(own, "held_out", 0.3, ROWS), (own, "seed", 1, WEIGHTS), (own, "block_size", 127, WEIGHTS)]
     usual = {id(base): results(base) for base in (toy, own)}
     assert results(toy) == usual[id(toy)]
     for base, name, value, first in cases:
         changed = results(base, f"--{name}", str(value))
         differs = [a != b for a, b in zip(usual[id(base)], changed, strict=True)]
-        if name in ("n_embd", "n_layer", "block_size", "n_head"):  # the weights have another shape, and the corpus is not touched
-            assert not differs[CORPUS] or base is own
+        if name in ("n_embd", "n_layer", "block_size", "n_head"):  # the weights have another shape, and the rows are not touched
+            assert not differs[ROWS] or base is own
         assert differs.index(True) == first if True in differs else first == NOTHING, (name, differs)
 
 
-def test_seeds_give_other_splits_samples_and_labels():
-    pairs, cfg = tiny_pairs(), [Config(seed=seed, device="cpu") for seed in (0, 1)]
-    prompts = [pair.prompt for pair in pairs]
-    drawn = [train.sample(tiny_model(), prompts, 12, c, TOKENIZER) for c in (*cfg, cfg[0])]
-    assert drawn[0] == drawn[2] != drawn[1]
-    both = [data.encode(TOKENIZER, "", y).completion for y in (" dull", " slow")]
+@pytest.fixture
+def model_file(tmp_path):
+    tiny_model(tokenizer="toy").save(tmp_path / "init.pt")
+    return str(tmp_path / "init.pt")
+
+
+def test_with_a_fixed_model_the_seed_changes_rows_labels_batches_split_and_samples(model_file, tmp_path, monkeypatch, capsys):
+    """Without SFT the weights are those of --init, so that each difference is one of the data."""
+    def results(seed, *flags):
+        out, seen = tmp_path / f"{len(list(tmp_path.iterdir()))}", {"batches": []}
+        objective = train.dpo_objective
+        def watched(policy, pairs, cfg):
+            seen["batches"].append([tuple(map(int, p.prompt + p.chosen)) if isinstance(p.prompt, list) else tuple(p.chosen.tolist()) for p in pairs])
+            return objective(policy, pairs, cfg)
+        monkeypatch.setattr(train, "dpo_objective", watched)
+        train.main([*TINY[6:], *flags, "--init", model_file, "--sft_steps", "0", "--steps", "2", "--seed", str(seed), "--out", str(out)])
+        monkeypatch.undo()
+        printed = capsys.readouterr().out
+        return {"batches": seen["batches"], "samples": printed[printed.index(" SFT "):printed.index(" samples:")]}
+    for flags in ([], ["--data", PAIRS]):
+        first, again, other = results(0, *flags), results(0, *flags), results(1, *flags)
+        assert first == again and all(first[name] != other[name] for name in first), flags
+    pairs = data.encode_pairs(data.read_jsonl(PAIRS), TOKENIZER, 256)[0]
+    cfgs = [Config(seed=seed, data=PAIRS, tokenizer="toy", device="cpu") for seed in (0, 1)]
+    splits = [{tuple(p.prompt) for p in train.FileTask(cfg, tiny_model()).held_out_pairs} for cfg in cfgs]
+    assert splits[0] != splits[1] and len(splits[0]) == len(splits[1]) and len(pairs) == 200
+    both = [data.encode_completion(TOKENIZER, y) for y in (" dull", " slow")]
     class Fixed:
-        def sample(self, prompts, *_):
-            return [both[2 * i // len(prompts)] for i in range(len(prompts))]
-    labelled = [train.make_pairs(Fixed(), data.prompts()[0], 201, c, TOKENIZER) for c in cfg]
+        def sample(self, prompt_ids, *_):
+            return [both[2 * i // len(prompt_ids)] for i in range(len(prompt_ids))]
+    monkeypatch.setattr(train, "MAX_TOKENS", 10**6)  # one batch
+    labelled = [train.make_pairs(Fixed(), data.toy_prompts()[0], 201, Config(seed=seed, device="cpu"), TOKENIZER) for seed in (0, 1)]
     assert len(labelled[0]) == 201 and labelled[0] != labelled[1]
+    rows = [train.ToyTask(Config(seed=seed, device="cpu", n_reviews=50)).sft_rows() for seed in (0, 1)]
+    assert rows[0] != rows[1]
+
+
+def test_sampling_uses_temperature_1_and_one_generator_for_all_batches(monkeypatch):
+    """Equal prompts in different batches get different samples. Frequencies are the model's probabilities."""
+    monkeypatch.setattr(train, "MAX_TOKENS", 100)
+    model, cfg = tiny_model(n_embd=8), Config(device="cpu")
+    with torch.no_grad():
+        model.wte.weight[:] = 0.7 * torch.randn(model.wte.weight.shape, generator=torch.Generator().manual_seed(1))
+    probabilities = model(torch.tensor([[1, 2]]))[0, -1].softmax(-1)
+    drawn = [y[0] for y in train.sample(model, [[1, 2]] * 4000, 1, cfg, TOKENIZER)]
+    assert 1 < len(set(drawn)) and drawn[:33] != drawn[33:66]  # 33 rows are a batch
+    top = probabilities.argmax().item()
+    p = probabilities[top].item()
+    assert 0.05 < p < 0.95 and abs(np.mean([y == top for y in drawn]) - p) < 4 * (p * (1 - p) / 4000) ** 0.5
+    warm = (model(torch.tensor([[1, 2]]))[0, -1] / 0.8).softmax(-1)[top].item()
+    assert abs(warm - p) > 8 * (p * (1 - p) / 4000) ** 0.5  # temperature .8 would be noticed
+
+
+def test_grad_accum_splits_each_batch_and_the_evaluation(tmp_path, monkeypatch):
+    sizes, objectives = [], {name: getattr(train, name) for name in ("sft_objective", "dpo_objective")}
+    for name, objective in objectives.items():
+        monkeypatch.setattr(train, name, lambda model, examples, cfg, objective=objective: sizes.append(len(examples)) or objective(model, examples, cfg))
+    train.main([*OWN, "--steps", "1", "--sft_steps", "1", "--batch_size", "8", "--grad_accum", "3", "--out", str(tmp_path / "out")])
+    held_out = 200 - 182
+    assert sizes == [3, 3, 2] + [3, 3, 2] + [3] * (held_out // 3)
+
+
+def test_a_state_is_saved_when_the_folder_is_opened_before_each_stage_and_every_save_every_steps(tmp_path, monkeypatch):
+    saved, save_checkpoint = [], train.save_checkpoint
+    monkeypatch.setattr(train, "save_checkpoint", lambda path, content: saved.append(
+        {stage: content[stage][0] for stage in ("SFT", "DPO") if stage in content}) or save_checkpoint(path, content))
+    train.main([*OWN, "--sft_steps", "5", "--steps", "7", "--save_every", "3", "--out", str(tmp_path / "out")])
+    assert saved == [{}] + [{"SFT": n} for n in (0, 3, 5)] + [{"SFT": 5, "DPO": n} for n in (0, 3, 6, 7)]
+
+
+def test_the_time_left_counts_the_steps_of_this_run_alone(tmp_path, monkeypatch, capsys):
+    """A clock that ticks once per step: after 15 of 30 steps 15 s are left, also if the run was resumed at step 10."""
+    now = [0.0]
+    monkeypatch.setattr(train.time, "perf_counter", lambda: now[0])
+    train_step = train.train_step
+    def ticking(*arguments):
+        now[0] += 1
+        if now[0] == 13 and first:
+            raise KeyboardInterrupt
+        return train_step(*arguments)
+    monkeypatch.setattr(train, "train_step", ticking)
+    flags = [*OWN, "--sft_steps", "0", "--steps", "30", "--save_every", "10", "--out", str(tmp_path / "out")]
+    first = True
+    with pytest.raises(KeyboardInterrupt):
+        train.main(flags)
+    first = False
+    train.main([*flags, "--resume"])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("DPO ")]
+    assert [(row[1], row[-1]) for row in rows] == [(f"{n}/30", f"{30 - n}s") for n in (3, 6, 9, 12, 12, 15, 18, 21, 24, 27, 30)]
 
 
 # The command line
 
 
 @pytest.mark.parametrize("name, low, high, wrong", [
-    ("beta", 1e-6, 1e6, [0, -1, "nan", "inf"]), ("label_smoothing", 0, 0.49, [-0.1, 0.5, "nan"]), ("learning_rate", 1e-9, 10, [0, -1, 11, "nan"]),
-    ("sft_learning_rate", 1e-9, 10, [0, "inf"]), ("held_out", 0, 0.9, [-0.1, 1]), ("steps", 1, 10**9, [0]), ("sft_steps", 0, 10**9, [-1]),
-    ("batch_size", 1, 10**6, [0, -3]), ("grad_accum", 1, 10**6, [0]), ("n_layer", 1, 1000, [0, 10**20]), ("n_head", 1, 1000, [0]),
-    ("n_embd", 1, 10**5, [0]), ("block_size", 16, 8192, [15, 8193]), ("n_pairs", 1, 10**7, [0, 4294967295]), ("n_reviews", 1, 10**7, [0]),
-    ("seed", 0, 2**32 - 1, [-1, 2**32]), ("save_every", 1, 10**9, [0])])
+    ("beta", 1e-6, None, [0, -1]), ("label_smoothing", 0, 0.49, [-0.1, 0.5]), ("learning_rate", 1e-9, None, [0, -1]), ("sft_learning_rate", 1e-9, None, [0]),
+    ("held_out", 0, 0.9, [-0.1, 1]), ("steps", 1, None, [0]), ("sft_steps", 0, None, [-1]), ("batch_size", 1, None, [0, -3]), ("grad_accum", 1, None, [0]),
+    ("n_layer", 1, None, [0]), ("n_head", 1, None, [0]), ("n_embd", 1, None, [0]), ("block_size", 16, None, [15]), ("n_pairs", 1, None, [0]),
+    ("n_reviews", 1, None, [0]), ("seed", 0, 2**32 - 1, [-1, 2**32]), ("save_every", 1, None, [0])])
 def test_a_setting_out_of_its_range_is_refused_by_name(name, low, high, wrong):
-    for value in wrong:
-        with pytest.raises(ValueError, match=rf"^--{name}: expected {re.escape(str(low))} to {re.escape(str(high))}, got "):
-            train.parse_settings([f"--{name}", str(value)])
-    for value in (low, high):
-        others = {"n_head": ["--n_embd", "1000"], "n_embd": ["--n_head", "1"]}.get(name, [])
-        assert getattr(train.parse_settings([*others, f"--{name}", str(value)]), name) == value
+    limits = re.escape(f"at least {low}" if high is None else f"from {low} to {high}")
+    kind = {f.name: f.type for f in train.fields(Config)}[name]
+    for value in [*wrong, *(["inf", "nan", "-inf"] if kind is float else [])]:
+        with pytest.raises(ValueError, match=rf"^--{name}: expected a finite number {limits}, got "):
+            train.parse_settings([f"--{name}={value}"])
+    for value in (low, kind(10**12) if high is None else high):
+        assert getattr(train.parse_settings([f"--{name}", str(value)]), name) == value
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--beta", "0"], "--beta: expected 1e-06 to 1000000.0, got 0.0"), (["--n_head", 3], "--n_head 3 does not divide --n_embd 64"),
+    (["--beta", "0"], "--beta: expected a finite number at least 1e-06, got 0.0"),
+    (["--n_head", 3], "expected an integer n_head that divides n_embd = 64, got 3"),
     (["--beta", "x"], "argument --beta: invalid float value: 'x'"), (["--steps", "1.5"], "argument --steps: invalid int value: '1.5'"),
     (["--stepz", "3"], "unrecognized arguments: --stepz 3"), (["--ste", "3"], "unrecognized arguments: --ste 3"),
     (["--data", "nope.jsonl", "--tokenizer", "toy"], "nope.jsonl: No such file or directory"),
     (["--data", "", "--tokenizer", "toy"], "an empty path: No such file or directory"),
-    (["--init", "nope.pt"], "nope.pt: No such file or directory"), (["--init", ""], "an empty path: No such file or directory"), (["--out", __file__], f"--out {__file__}: expected a folder, but it is a file"),
+    (["--init", "nope.pt"], "nope.pt: expected a file, such as out/sft.pt or pytorch_model.bin"),
+    (["--init", "tests"], "tests: expected a file, such as out/sft.pt or pytorch_model.bin"),
+    (["--init", ""], ": expected a file, such as out/sft.pt or pytorch_model.bin"),
+    (["--out", __file__], f"--out {__file__}: expected a folder, got a file"), (["--out", ""], "--out : expected a folder, got an empty path"),
+    (["--out", "{out}/link"], "--out {out}/link: expected a folder, got a link to nothing"),
     (["--tokenizer", "gpt2"], "the toy task needs the tokenizer toy; give your pairs with --data"),
     (["--data", PAIRS, "--tokenizer", "toy", "--out", __file__ + "/x"], f"{__file__}/x: Not a directory"),
-    (["--resume"], "{out}: there is no state.pt to continue from; leave out --resume, or choose another folder with --out")])
-def test_a_wrong_command_line_is_one_line_and_exit_code_2(arguments, message, tmp_path, capsys):
-    arguments = arguments if "--out" in arguments else [*arguments, "--out", tmp_path / "out"]
+    (["--resume", "--overwrite"], "--resume continues a run and --overwrite deletes it: choose one"),
+    (["--resume"], "{out}/out/state.pt: No such file or directory")])
+def test_a_wrong_command_line_is_one_line_and_exit_code_2(arguments, message, tmp_path, capsys, monkeypatch):
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    monkeypatch.setattr(data.tiktoken, "get_encoding", lambda name: TOKENIZER)  # no download
+    arguments = [str(a).replace("{out}", str(tmp_path)) for a in arguments]
     with pytest.raises(SystemExit) as stop:
-        train.main([str(a) for a in arguments])
-    message = message.replace("{out}", str(tmp_path / "out"))
+        train.main(arguments if "--out" in arguments else [*arguments, "--out", str(tmp_path / "out")])
+    message = message.replace("{out}", str(tmp_path))
     assert stop.value.code == 2 and capsys.readouterr().err.replace("'", "") == f"error: {message}\n".replace("'", "")
-    assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
+
+
+def test_out_of_gpu_memory_is_one_line_that_does_not_advise_overwrite(tmp_path, monkeypatch, capsys):
+    """Each of two places, in training and in the report, where a GPU could run out of memory."""
+    for place in ("completion_logps", "sample"):
+        source = (ROOT / "train.py").read_text(encoding="utf-8").replace('\nif __name__ == "__main__":', f"\ndef {place}(*_, **__):\n    raise torch.OutOfMemoryError('out')\n\n\nif __name__ == \"__main__\":")
+        folder = tmp_path / place
+        folder.mkdir()
+        for module in ("dpo.py", "model.py", "data.py"):
+            (folder / module).write_text((ROOT / module).read_text(encoding="utf-8"), encoding="utf-8")
+        (folder / "train.py").write_text(source, encoding="utf-8")
+        process = start(*OWN, "--out", tmp_path / f"{place}.out", folder=folder)
+        errors = process.communicate()[1]
+        assert process.returncode == 2
+        assert errors == "error: out of GPU memory: raise --grad_accum or lower --block_size, and start again with another --out\n"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -318,12 +437,20 @@ def test_help_shows_groups_and_a_default_for_each_flag(capsys):
     assert [entry.split()[0] for entry in entries] == [f.name for f in train.fields(Config)]
     for entry, f in zip(entries, train.fields(Config), strict=True):
         entry = " ".join(entry.split("\n\n")[0].split())
-        assert f.metadata["help"] in entry and (f.name in ("init", "resume") or "(default: " in entry), f.name
+        assert f.metadata["help"] in entry and (f.name in ("init", "resume", "overwrite") or "(default: " in entry), f.name
         default = re.search(r"\(default: ([^,;)]+)", entry)
         if f.default is not None and default:
             assert default[1] == str(f.default)
         elif default and getattr(Config(device="cpu"), f.name) is not None and f.name not in ("tokenizer", "dtype"):
             assert float(default[1]) == getattr(Config(device="cpu"), f.name)  # what is typed into the help is so
+
+
+def test_the_defaults_are_these_numbers():
+    cfg, numbers = Config(device="cpu"), dict(
+        held_out=0.1, tokenizer="toy", block_size=256, n_pairs=32768, n_reviews=20000, n_layer=1, n_head=4, n_embd=64, sft_steps=1000,
+        sft_learning_rate=4e-3, steps=1000, learning_rate=1e-3, beta=1.0, label_smoothing=0.0, batch_size=64, grad_accum=1, seed=0, save_every=100)
+    assert {name: getattr(cfg, name) for name in numbers} == numbers and cfg.out == "out" and cfg.dtype == "float32"
+    assert (train.MAX_TOKENS, train.EVALUATED, data.MAX_NEW_TOKENS) == (4096, 256, 4) and Config(data="p.jsonl").tokenizer == "gpt2"
 
 
 def test_defaults_with_init_are_the_papers_and_the_models():
@@ -340,7 +467,7 @@ def test_weights_are_float32_and_their_decay_is_off(monkeypatch):
     cfg = Config(steps=1, batch_size=12, learning_rate=1e-6, dtype="bfloat16", device="cpu")
     sft = tiny_model()
     policy = copy.deepcopy(sft)
-    list(fit_dpo(policy, train.score_pairs(sft, tiny_pairs(), cfg), cfg))
+    list(train_dpo(policy, train.score_pairs(sft, tiny_pairs(), cfg), cfg))
     moved = (policy.h[0].mlp.c_fc.weight != sft.h[0].mlp.c_fc.weight).float().mean()
     assert moved > 0.9 and policy.wte.weight.dtype == torch.float32
 
@@ -360,37 +487,44 @@ def test_the_learning_rate_warms_up_to_its_peak_and_falls_as_a_cosine():
     assert train.warmup_cosine(1, 1, 2.0) == 2
 
 
-def fit_line(slope, steps=1, cfg=None, **options):
-    """fit with SGD on the loss slope × weight: the weight before and after each step."""
-    model, cfg = torch.nn.Linear(1, 1, bias=False), cfg or Config(device="cpu")
-    objective = lambda model, examples, cfg: (slope * model.weight[0, 0].expand(len(examples)), {})
-    loop = train.fit(model, torch.optim.SGD(model.parameters()), itertools.repeat([1, 2, 3, 4]), objective, steps, 0.5, cfg, **options)
-    return [model.weight.item()] + [model.weight.item() for _ in loop]
+def line_steps(slopes, examples=(1, 2, 3, 4)):
+    """One train_step with SGD at rate 1 on the loss slopes · weights: how far each weight moved."""
+    model, slopes = torch.nn.Linear(len(slopes), 1, bias=False), torch.tensor(slopes)
+    before = model.weight.detach().clone()
+    objective = lambda model, examples, cfg: ((slopes * model.weight[0]).sum().expand(len(examples)), {})
+    train.train_step(model, torch.optim.SGD(model.parameters(), lr=1.0), list(examples), objective, Config(device="cpu"))
+    return (before - model.weight.detach())[0].tolist()
 
 
-def test_a_gradient_longer_than_1_is_clipped_and_a_shorter_one_is_not():
-    for slope, moved in ((1000.0, 0.5), (1.5, 0.5), (0.25, 0.125)):
-        before, after = fit_line(slope)
-        assert before - after == pytest.approx(moved, rel=1e-5)
+def test_a_gradient_longer_than_1_is_clipped_by_its_norm_and_a_shorter_one_is_not():
+    assert line_steps([3.0, 4.0]) == pytest.approx([0.6, 0.8], rel=1e-5)  # by value it would be (1, 1)
+    assert line_steps([300.0, -400.0]) == pytest.approx([0.6, -0.8], rel=1e-5)
+    assert line_steps([0.3, 0.4]) == pytest.approx([0.3, 0.4], rel=1e-5)
 
 
-def test_each_step_uses_its_own_learning_rate_and_a_fresh_gradient():
-    weights = fit_line(0.25, steps=30)
-    assert -np.diff(weights) == pytest.approx([0.25 * train.warmup_cosine(step, 30, 0.5) for step in range(1, 31)], abs=1e-6)
-    resumed = fit_line(0.25, steps=30, done=20)
-    assert -np.diff(resumed) == pytest.approx(-np.diff(weights)[20:], abs=1e-6)
+def test_each_step_of_a_stage_uses_its_own_learning_rate_and_a_fresh_gradient(tmp_path, monkeypatch):
+    rates, train_step = [], train.train_step
+    monkeypatch.setattr(train, "train_step", lambda model, optimizer, *rest: rates.append(
+        optimizer.param_groups[0]["lr"]) or train_step(model, optimizer, *rest))
+    train.main([*OWN, "--sft_steps", "5", "--steps", "30", "--learning_rate", "2e-3", "--out", str(tmp_path / "out")])
+    assert rates == pytest.approx([train.warmup_cosine(step, 5, 4e-3) for step in range(1, 6)] + [train.warmup_cosine(step, 30, 2e-3) for step in range(1, 31)])
+    model, optimizer = torch.nn.Linear(1, 1, bias=False), None
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    objective = lambda model, examples, cfg: (0.25 * model.weight[0], {})
+    before = model.weight.item()
+    for _ in range(2):
+        train.train_step(model, optimizer, [1], objective, Config(device="cpu"))
+    assert before - model.weight.item() == pytest.approx(0.5, rel=1e-5)  # 0.75 if gradients added up
 
 
-def test_fit_yields_the_means_of_each_batch():
+def test_train_step_returns_the_means_of_each_batch():
     model, cfg = torch.nn.Linear(1, 1), Config(device="cpu", grad_accum=3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     objective = lambda model, examples, cfg: (model.weight.sum() * torch.tensor(examples), {"square": torch.tensor(examples) ** 2})
-    batches = iter([[1.0, 2.0, 3.0, 4.0], [5.0, 6.0], [7.0]])
-    weights, means = [model.weight.item()], []
-    for step, metrics in train.fit(model, torch.optim.SGD(model.parameters()), batches, objective, 3, 1e-3, cfg):
-        weights.append(model.weight.item())
-        means.append((step, metrics["loss"], metrics["square"]))
-    expected = [(1, 2.5 * weights[0], 7.5), (2, 5.5 * weights[1], 30.5), (3, 7 * weights[2], 49)]
-    assert np.array(means) == pytest.approx(np.array(expected), rel=1e-5)
+    for batch, mean, square in (([1.0, 2.0, 3.0, 4.0], 2.5, 7.5), ([5.0, 6.0], 5.5, 30.5), ([7.0], 7, 49)):
+        weight = model.weight.item()
+        means = train.train_step(model, optimizer, batch, objective, cfg)
+        assert means == pytest.approx({"loss": mean * weight, "square": square}, rel=1e-5)
 
 
 @pytest.mark.parametrize("loss, gradient", [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf)])
@@ -400,8 +534,8 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_weights_change(l
         backward = staticmethod(lambda context, grad: grad * gradient)
     model = torch.nn.Linear(1, 1, bias=False)
     before, objective = model.weight.item(), lambda model, examples, cfg: (Broken.apply(model.weight[0]), {})
-    with pytest.raises(FloatingPointError, match="step 1: loss .* is the learning rate 0.5 too high"):
-        list(train.fit(model, torch.optim.SGD(model.parameters()), iter([[1]]), objective, 1, 0.5, Config(device="cpu")))
+    with pytest.raises(FloatingPointError, match="^loss .*, norm of the gradient "):
+        train.train_step(model, torch.optim.SGD(model.parameters(), lr=0.5), [1], objective, Config(device="cpu"))
     assert model.weight.item() == before
 
 
@@ -412,31 +546,37 @@ def test_accumulated_gradients_of_unequal_micro_batches_are_those_of_the_whole_b
     sft, runs = tiny_model().double(), []
     scored = [p._replace(ref_chosen_logp=p.ref_chosen_logp + 0.1) for p in train.score_pairs(sft, tiny_pairs(7), Config(device="cpu"))]
     examples = scored if stage == "DPO" else [data.Row(p.prompt, p.chosen) for p in scored]
-    objective = train.dpo_objective if stage == "DPO" else functools.partial(train.sft_objective, mean_length=3.1)
+    objective = train.dpo_objective if stage == "DPO" else train.sft_objective
     for grad_accum in (1, parts):
-        cfg, model = Config(steps=3, batch_size=7, device="cpu", grad_accum=grad_accum), copy.deepcopy(sft)
-        loop = train.fit(model, torch.optim.SGD(model.parameters()), data.batches(examples, 7, 0), objective, 3, 1e-2, cfg)
-        runs.append([(metrics, torch.cat([p.grad.flatten() for p in model.parameters()])) for _, metrics in loop])
+        cfg, model, batches = Config(device="cpu", grad_accum=grad_accum), copy.deepcopy(sft), data.batches(examples, 7, 0)
+        optimizer, results = torch.optim.SGD(model.parameters(), lr=1e-2), []
+        for _ in range(3):
+            metrics = train.train_step(model, optimizer, next(batches), objective, cfg)
+            results.append((metrics, torch.cat([p.grad.flatten() for p in model.parameters()])))
+        runs.append(results)
     for (whole, gradient), (accumulated, other) in zip(*runs, strict=True):
         assert torch.allclose(gradient, other, rtol=1e-9, atol=1e-13) and gradient.norm() > 0.1
         assert whole == pytest.approx(accumulated, rel=1e-9)
 
 
-def test_sft_gives_each_token_the_same_weight_whatever_the_length_of_its_completion():
-    """The loss is -log π(y|x) divided by one constant, not by each completion's own length. The prompt is not scored."""
+def test_sft_sums_over_each_completion_whatever_else_is_in_its_batch():
+    """-log π(y|x) in nats, alone or with shorter and longer rows. The prompt is not scored."""
     model, cfg = tiny_model(), Config(device="cpu")
-    rows = [data.Row([1, 2, 3], [4, 298]), data.Row([1], [5, 6, 7, 8, 9, 10, 298])]
-    losses, metrics = train.sft_objective(model, rows, cfg, mean_length=4.5)
+    rows = [data.Row([1, 2, 3], [4, 298]), data.Row([1], [5, 6, 7, 8, 9, 10, 298]), data.Row([2, 2], [3] * 20 + [298])]
     logps = [model(torch.tensor([row.prompt + row.completion])).log_softmax(-1)[0] for row in rows]
-    expected = [-sum(logp[len(x) + t - 1, y[t]].item() for t in range(len(y))) / 4.5 for logp, (x, y) in zip(logps, rows, strict=True)]
-    assert losses.tolist() == pytest.approx(expected, rel=1e-5) and metrics == {}
+    expected = [-sum(logp[len(x) + t - 1, y[t]].item() for t in range(len(y))) for logp, (x, y) in zip(logps, rows, strict=True)]
+    for some in (slice(0, 3), slice(0, 2), slice(1, 3), slice(0, 1)):
+        losses, metrics = train.sft_objective(model, rows[some], cfg)
+        assert losses.tolist() == pytest.approx(expected[some], rel=1e-5) and losses.requires_grad
+        per_token = [loss / len(row.completion) for loss, row in zip(expected[some], rows[some], strict=True)]
+        assert metrics["nats_per_token"].tolist() == pytest.approx(per_token, rel=1e-5) and not metrics["nats_per_token"].requires_grad
 
 
 def test_dpo_moves_the_policy_and_not_the_reference():
     """If they shared storage, the loss would stay at ln 2."""
     cfg, sft = Config(steps=2, batch_size=12, device="cpu"), tiny_model()
     before, policy = copy.deepcopy(sft.state_dict()), copy.deepcopy(sft)
-    (_, first), (_, second) = fit_dpo(policy, train.score_pairs(sft, tiny_pairs(), cfg), cfg)
+    first, second = train_dpo(policy, train.score_pairs(sft, tiny_pairs(), cfg), cfg)
     assert first["loss"] == pytest.approx(LN2, abs=1e-5) and second["loss"] < first["loss"] - 1e-4
     assert all(torch.equal(before[name], p) for name, p in sft.state_dict().items())
     assert not torch.equal(policy.wte.weight, sft.wte.weight)
@@ -454,8 +594,9 @@ def test_the_dpo_objective_is_the_loss_of_each_pair_with_its_scores():
     assert torch.allclose(losses, expected[0], atol=1e-4) and losses.requires_grad
     assert torch.allclose(metrics["rewards/rejected"], expected[2], atol=1e-4) and torch.allclose(metrics["logps/chosen"], four[0], atol=1e-4)
     assert not any(values.requires_grad for values in metrics.values())
-    means = train.evaluate(policy, scored, cfg)
-    assert means == pytest.approx({"loss": losses.mean().item()} | {k: v.mean().item() for k, v in metrics.items()}, abs=1e-4)
+    for batch_size, grad_accum in ((64, 1), (2, 1), (5, 2)):  # one batch, 2 + 2 + 1, 3 + 2
+        means = train.evaluate(policy, scored, train.replace(cfg, batch_size=batch_size, grad_accum=grad_accum))
+        assert means == pytest.approx({"loss": losses.mean().item()} | {k: v.mean().item() for k, v in metrics.items()}, abs=1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -463,7 +604,7 @@ def test_policy_and_reference_under_the_same_autocast_start_at_ln_2(dtype):
     """Rows of one length give the same products in both passes. Rounding leaves at most 1e-4."""
     cfg, model = Config(dtype=dtype, device="cpu"), tiny_model()
     scored = train.score_pairs(model, tiny_pairs(), cfg)
-    losses, _ = train.pair_losses(train.score(model.train(), train.rows_of(scored), cfg), scored, cfg)
+    losses, _ = train.dpo_objective(model.train(), scored, cfg)
     assert losses.dtype == torch.float32 and (losses - LN2).abs().max() < 1e-4
     if dtype == "bfloat16":  # matrix products did run in bfloat16
         other = train.dpo_objective(model, train.score_pairs(model, tiny_pairs(), Config(device="cpu")), cfg)[0]
@@ -483,8 +624,8 @@ def test_scores_do_not_depend_on_the_batch_and_no_batch_is_too_large(monkeypatch
     for tokens in (60, 2**13):
         monkeypatch.setattr(train, "MAX_TOKENS", tokens)
         logps = train.score(model, rows, cfg)
-        assert torch.allclose(logps, alone, atol=1e-5) and max(sizes) <= tokens and not logps.requires_grad
-    assert len(sizes) > 5 and train.score_pairs(model, [], cfg) == []
+        assert torch.allclose(logps.float(), alone, atol=1e-5) and max(sizes) <= tokens and not logps.requires_grad
+    assert sizes[0] == 41 and len(sizes) > 5 and logps.dtype == torch.float64 and train.score_pairs(model, [], cfg) == []
 
 
 def test_long_scoring_and_sampling_print_a_line_of_progress(monkeypatch, capsys):
@@ -495,7 +636,7 @@ def test_long_scoring_and_sampling_print_a_line_of_progress(monkeypatch, capsys)
     train.score(tiny_model(), rows, Config(device="cpu"))
     train.sample(tiny_model(), [row.prompt for row in rows], 4, Config(device="cpu"), TOKENIZER)
     printed = capsys.readouterr().out
-    assert re.search(r"^3 of \d batches scored\n", printed, re.M) and re.search(r"^2 of 3 batches sampled\n", printed, re.M)
+    assert re.search(r"^3 of \d batches scored\n", printed, re.M) and re.search(r"^3 of 5 batches sampled\n", printed, re.M)
 
 
 def test_the_trajectory_of_a_small_run_is_the_recorded_one():
@@ -511,9 +652,9 @@ def trajectory():
     """[[loss, norm of the gradient]] of 20 DPO steps."""
     cfg, sft = Config(steps=20, batch_size=8, device="cpu", beta=0.1, learning_rate=3e-3), tiny_model()
     policy = copy.deepcopy(sft)
-    loop = fit_dpo(policy, train.score_pairs(sft, tiny_pairs(32), cfg), cfg)
+    loop = train_dpo(policy, train.score_pairs(sft, tiny_pairs(32), cfg), cfg)
     norm = lambda: torch.cat([p.grad.flatten() for p in policy.parameters()]).norm().item()
-    return [[metrics["loss"], norm()] for _, metrics in loop]
+    return [[metrics["loss"], norm()] for metrics in loop]
 
 
 # The two tasks
@@ -528,7 +669,7 @@ def test_bfloat16_reports_in_float32(tmp_path, monkeypatch):
     train.main([*TINY, "--dtype", "bfloat16", "--out", str(tmp_path / "toy")])
     assert used[-3:] == ["float32"] * 3 and used[0] == "bfloat16"
     train.main([*OWN, "--dtype", "bfloat16", "--out", str(tmp_path / "own")])
-    assert used[-3:] == ["float32"] * 3
+    assert used[-2:] == ["float32"] * 2
     assert all(w.dtype == torch.float32 for w in load_checkpoint(tmp_path / "toy" / "dpo.pt")["weights"].values())
 
 
@@ -551,21 +692,52 @@ def test_after_sft_the_reference_is_frozen_and_its_gradients_and_optimizer_are_f
     assert load_checkpoint(tmp_path / "out" / "state.pt")["DPO"][2] is None
 
 
-def test_the_exact_report_includes_the_optimum_and_changes_no_weights():
-    cfg, model, prompts = Config(device="cpu", beta=0.7), tiny_model(), data.prompts()[1][:2]
+def test_the_exact_report_computes_the_optimum_at_the_given_beta_and_changes_no_weights():
+    cfg, model, prompts = Config(device="cpu", beta=0.7), tiny_model(), data.toy_prompts()[1][:2]
     policy, state = tiny_model(n_embd=32), torch.get_rng_state()
     weights = copy.deepcopy(policy.state_dict())
     figures = train.report_exactly(model, policy, prompts, cfg, TOKENIZER)
     assert model.training and all(p.grad is None for p in model.parameters()) and torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(p, weights[name]) for name, p in policy.state_dict().items())
-    gap = figures["optimum/objective"] - figures["dpo/objective"]
-    assert gap == pytest.approx(0.7 * figures["kl_to_optimum"], rel=1e-4)  # β KL(π‖π*)
-    assert figures["objective_share"] == pytest.approx(1 - gap / (figures["optimum/objective"] - figures["sft/objective"]))
+    ref, logps = (train.outcome_logps(m, prompts, cfg, TOKENIZER).numpy() for m in (model, policy))
+    r = data.outcome_rewards(prompts).numpy()
+    z = np.exp(ref + r / 0.7).sum(-1, keepdims=True)
+    star = ref + r / 0.7 - np.log(z)
+    assert figures["optimum/reward"] == pytest.approx((np.exp(star) * r).sum(-1).mean(), rel=1e-5)
+    assert figures["optimum/objective"] == pytest.approx(0.7 * np.log(z).mean(), rel=1e-5)  # J(π*) = β log Z
+    assert figures["kl_to_optimum"] == pytest.approx((np.exp(logps) * (logps - star)).sum(-1).mean(), rel=1e-4)
+
+
+def test_malformed_text_has_at_least_the_probability_that_rounding_can_tell():
+    """A model that writes well-formed text alone: 1 - Σ p is noise of either sign, and 1e-6 is its floor."""
+    class Certain(torch.nn.Module):
+        def forward(self, tokens, scored):
+            return torch.zeros(int(scored[:, 1:].sum()), TOKENIZER.n_vocab)
+    cfg = Config(device="cpu")
+    logps = train.outcome_logps(Certain(), data.toy_prompts()[1][:1], cfg, TOKENIZER)
+    assert logps.shape == (1, 1885) and logps.dtype == torch.float64 and logps[0, -1].exp() > 0.99
+    for total in (1 - 1e-8, 1 + 1e-7):
+        rows = torch.full((1884,), math.log(total / 1884), dtype=torch.float64)
+        original, train.score = train.score, lambda *_: rows
+        try:
+            assert train.outcome_logps(None, data.toy_prompts()[1][:1], cfg, TOKENIZER)[0, -1].item() == pytest.approx(math.log(1e-6))
+        finally:
+            train.score = original
+
+
+def test_a_collapsed_sft_model_gets_a_report_with_nan_and_null(tmp_path, capsys):
+    """All probability on one outcome leaves no pair of two different outcomes. JSON has null for nan."""
+    train.main("--n_layer 1 --n_embd 16 --sft_steps 2 --steps 1 --sft_learning_rate 3 --n_pairs 500 --device cpu --out".split() + [str(tmp_path / "out")])
+    printed, report = capsys.readouterr(), read_metrics(tmp_path / "out")[-1]
+    assert printed.err == "" and re.search(r"preference accuracy +nan +nan +nan\n", printed.out)
+    for name in ("accuracy", "margin", "loss", "chosen_change", "rejected_change"):
+        assert report[f"report/sft/{name}"] is None and report[f"report/dpo/{name}"] is None
+    assert report["report/sft/reward"] == pytest.approx(-7, abs=1e-3)
 
 
 def test_if_nothing_can_be_improved_the_share_is_not_a_number(monkeypatch):
     monkeypatch.setattr(train, "optimal_logps", lambda ref_logps, rewards, beta: ref_logps)
-    figures = train.report_exactly(tiny_model(), tiny_model(n_embd=32), data.prompts()[1][:1], Config(device="cpu"), TOKENIZER)
+    figures = train.report_exactly(tiny_model(), tiny_model(n_embd=32), data.toy_prompts()[1][:1], Config(device="cpu"), TOKENIZER)
     assert math.isnan(figures["objective_share"])
 
 
@@ -575,7 +747,7 @@ def test_toy_pairs_come_from_all_training_prompts_and_held_out_pairs_from_the_ot
     pairs, held_out = task.pairs(model)
     kept = int(re.search(r"400 pairs sampled, (\d+) kept", capsys.readouterr().out)[1])
     prompts = [{TOKENIZER.decode(pair.prompt) for pair in side} for side in (pairs, held_out)]
-    assert [sorted(x) for x in prompts] == [sorted(x) for x in data.prompts()]
+    assert [sorted(x) for x in prompts] == [sorted(x) for x in data.toy_prompts()]
     assert len(pairs) == kept and len(held_out) <= 256 and all(pair.chosen != pair.rejected for pair in pairs + held_out)
     with torch.no_grad():  # a model that always gives EOS first
         model.ln_f.bias[0] = 300
@@ -587,18 +759,17 @@ def test_toy_pairs_come_from_all_training_prompts_and_held_out_pairs_from_the_ot
 
 def test_the_chosen_completion_has_the_higher_reward_as_often_as_bradley_terry_says(small):
     model = GPT.load(small[1] / "sft.pt")
-    pairs = train.make_pairs(model, data.prompts()[0], 4000, Config(seed=7, device="cpu"), TOKENIZER)
+    pairs = train.make_pairs(model, data.toy_prompts()[0], 4000, Config(seed=7, device="cpu"), TOKENIZER)
     reward = lambda x, y: data.reward(TOKENIZER.decode(x), data.decode(TOKENIZER, y))
     gaps = np.array([reward(x, y_w) - reward(x, y_l) for x, y_w, y_l in pairs])
     expected = np.mean(1 / (1 + np.exp(-abs(gaps[gaps != 0]))))
     assert np.mean(gaps[gaps != 0] > 0) == pytest.approx(expected, abs=0.02)
 
 
-def test_sft_on_own_pairs_uses_the_chosen_completions_of_training_prompts(tmp_path):
-    cfg = Config(data=PAIRS, tokenizer="toy", device="cpu")
-    task = train.FileTask(cfg)
+def test_sft_on_own_pairs_uses_the_chosen_completions_of_training_prompts():
+    task = train.FileTask(Config(data=PAIRS, tokenizer="toy", device="cpu"), tiny_model())
     training, held_out = task.pairs(None)
-    assert [tuple(row) for row in task.corpus()] == [(pair.prompt, pair.chosen) for pair in training]
+    assert [tuple(row) for row in task.sft_rows()] == [(pair.prompt, pair.chosen) for pair in training]
     assert len(held_out) > 10 and not {tuple(p.prompt) for p in training} & {tuple(p.prompt) for p in held_out}
 
 
@@ -607,14 +778,13 @@ def write_pairs(path, rows):
     return str(path)
 
 
-def test_without_a_held_out_pair_the_report_shows_training_pairs_and_samples(tmp_path, capsys):
+def test_without_a_held_out_pair_the_report_samples_for_training_prompts(tmp_path, capsys):
     """One prompt cannot be split. One sample has no standard error, and JSON has null for it."""
     path = write_pairs(tmp_path / "p.jsonl", [("q", f"a{i}", f"b{i}") for i in range(9)])
     train.main([*OWN, "--data", path, "--out", str(tmp_path / "out")])
     printed, report = capsys.readouterr().out, read_metrics(tmp_path / "out")[-1]
-    assert "         0 held out" in printed and "\n9 training pairs (none is held out); before DPO" in printed and "\n'q'\n    SFT " in printed
-    assert "1 sample:" in printed.replace("1 samples:", "1 sample:") and "nan" not in printed and "held-out  accuracy" not in printed
-    assert report["report/loss"] > 0 and report["report/kl_error"] is None
+    assert "         0 held out" in printed and "\n'q'\n    SFT " in printed and "nan" not in printed and "held-out accuracy" not in printed
+    assert report.keys() == {"report/sampled_kl", "report/sampled_kl_error"} and report["report/sampled_kl_error"] is None
     assert not any("eval/loss" in m for m in read_metrics(tmp_path / "out"))
 
 
@@ -623,12 +793,12 @@ def test_the_report_uses_at_most_256_pairs_and_32_prompts_with_room_for_a_sample
     evaluated, asked = [], []
     evaluate = train.evaluate
     monkeypatch.setattr(train, "evaluate", lambda model, pairs, cfg: evaluated.append(len(pairs)) or evaluate(model, pairs, cfg))
-    monkeypatch.setattr(train, "report_samples", lambda reference, policy, prompts, n, *_: asked.append((prompts, n)) or {})
+    monkeypatch.setattr(train, "report_samples", lambda reference, policy, prompt_ids, n, *_: asked.append((prompt_ids, n)) or {})
     rows = [("!" * 40 + f" question {i // 2}", " yes", f" no {i}") for i in range(600)]
     train.main([*OWN, "--data", write_pairs(tmp_path / "p.jsonl", rows), "--held_out", "0.7", "--block_size", "32", "--out", str(tmp_path / "out")])
-    (prompts, n), = asked
-    assert set(evaluated) == {256} and len(evaluated) == 4 and n == 16
-    assert 1 <= len(prompts) == len(set(prompts)) <= 32 and all(len(x) == 16 for x in prompts)
+    (prompt_ids, n), = asked
+    assert evaluated == [256] * 3 and n == 16
+    assert 1 <= len(prompt_ids) == len(set(prompt_ids)) <= 32 and all(len(x) == 16 for x in prompt_ids)
 
 
 def test_dropped_pairs_are_announced_first_and_a_file_without_pairs_is_refused(tmp_path, capsys):
@@ -640,13 +810,30 @@ def test_dropped_pairs_are_announced_first_and_a_file_without_pairs_is_refused(t
     train.main([*OWN, "--data", write_pairs(tmp_path / "p.jsonl", rows), "--out", str(tmp_path / "out")])
     lines = capsys.readouterr().out.splitlines()
     assert lines[:7] == ["Warning: 7 of 9 pairs are dropped.", f"         9 pairs in {tmp_path}/p.jsonl", "         1 to train on", "         1 held out (--held_out 0.1)",
-                         "         1 dropped: a text is blank", "         6 dropped: a completion over half of --block_size 256; 95% of the pairs need at most 402",
+                         "         1 dropped: a text is blank", "         6 dropped: a completion over half of --block_size 256; they need --block_size 402 to 402",
                          "mean length: chosen 2.0, rejected 2.0 tokens"]
+
+
+def test_the_warning_about_dropped_pairs_comes_if_more_than_a_fifth_is_dropped(tmp_path, capsys):
+    for blank, warned in ((1, False), (2, False), (3, True)):
+        rows = [(f"q{i}", "a", "b") for i in range(10 - blank)] + [("", "a", "b")] * blank
+        train.FileTask(Config(data=write_pairs(tmp_path / "p.jsonl", rows), tokenizer="toy", device="cpu"), tiny_model())
+        assert capsys.readouterr().out.startswith("Warning: 3 of 10 pairs are dropped.\n") == warned
+
+
+def test_fields_that_are_not_used_and_the_limit_of_the_model_are_named(tmp_path, capsys, model_file):
+    records = [{"id": i, "system": "s", "prompt": f"q{i}", "chosen": "a", "rejected": "b"} for i in range(9)] + [
+        {"prompt": "q", "chosen": "a" * 300, "rejected": "b"}, {"prompt": "q", "chosen": "a" * 200, "rejected": "b", "image": None}]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, records)))
+    train.main([*TINY[6:], "--init", model_file, "--sft_steps", "1", "--steps", "1", "--block_size", "64", "--data", str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "out")])
+    printed = capsys.readouterr().out
+    assert "\n        10 with fields that are not used: id, system, image\n" in printed
+    assert "\n         2 dropped: a completion over half of --block_size 64; they need --block_size 402 to 602; the model of --init allows 256\n" in printed
 
 
 def test_rows_of_long_runs_fit_80_columns(capsys):
     for steps in (7, 1000, 9999, 10_000, 10**6):
-        train.print_row("DPO", steps, steps, [-999.999] * 7, 5900)
+        train.print_row("DPO", steps, steps, [{name: -999.999 for name in train.COLUMNS if name != "nats_per_token"}], 5900, header=True)
     assert all(len(line) <= 80 for line in capsys.readouterr().out.splitlines())
 
 
@@ -671,39 +858,37 @@ def test_init_starts_from_a_checkpoint_and_sft_can_be_skipped(small, tmp_path, c
     assert all(m["stage"] == "DPO" for m in read_metrics(tmp_path / "out")[:-1])
 
 
-def test_init_determines_tokenizer_and_sizes_and_contradictions_are_refused(small, tmp_path, capsys):
-    sft = str(small[1] / "sft.pt")
-    cfg = train.parse_settings(["--init", sft, "--data", PAIRS, "--block_size", "120"])
-    train.load_model(cfg)
-    assert (cfg.tokenizer, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd) == ("toy", 120, 1, 4, 64)
-    cfg = train.parse_settings(["--init", sft])
-    train.load_model(cfg)
-    assert cfg.block_size == 256
-    for name, value, stored in (("n_layer", 2, 1), ("n_head", 2, 4), ("n_embd", 32, 64), ("block_size", 512, 256), ("tokenizer", "gpt2", "toy")):
-        with pytest.raises(ValueError, match=f"^--{name} {value}: but {re.escape(sft)} has {stored}$"):
-            train.load_model(train.parse_settings(["--init", sft, f"--{name}", str(value)]))
-    GPT(GPTConfig(11, tokenizer="toy")).save(tmp_path / "other.pt")
-    with pytest.raises(SystemExit):
-        train.main(["--init", str(tmp_path / "other.pt"), "--out", str(tmp_path / "out")])
-    assert "other.pt has a vocabulary of 11, but its tokenizer has 299\n" in capsys.readouterr().err
-    for shape, message in ((dict(block_size=9000), "--block_size: expected 16 to 8192, got 9000"), (dict(block_size=15), "--block_size: expected 16 to 8192, got 15"),
-                           (dict(n_layer=0), "--n_layer: expected 1 to 1000, got 0")):
-        GPT(GPTConfig(299, n_embd=8, tokenizer="toy", **shape)).save(tmp_path / "odd.pt")
-        with pytest.raises(ValueError, match=message):
-            train.load_model(train.parse_settings(["--init", str(tmp_path / "odd.pt")]))
-    torch.save(GPT(GPTConfig(299, n_embd=192)).to_gpt2(), tmp_path / "w.bin")
-    cfg = train.parse_settings(["--init", str(tmp_path / "w.bin"), "--n_head", "3", "--data", PAIRS, "--tokenizer", "toy"])
-    with pytest.raises(ValueError, match="--tokenizer toy: but .*w.bin has gpt2"):
-        train.load_model(cfg)
+def test_init_determines_tokenizer_and_sizes_and_flags_for_them_are_refused(model_file, tmp_path, monkeypatch):
+    GPT(GPTConfig(299, 256, n_head=2, n_embd=16, tokenizer="toy")).save(model_file)
+    for flags, size in ((["--block_size", "120"], 120), ([], 256)):
+        cfg = train.parse_settings(["--init", model_file, "--data", PAIRS, *flags])
+        model = train.make_model(cfg)
+        assert (cfg.tokenizer, cfg.block_size, model.config.n_head) == ("toy", size, 2)
+        assert train.replace(cfg, dtype="float32").block_size == size  # the settings can be copied
+    for name, value in (("n_layer", 1), ("n_head", 2), ("n_embd", 16), ("tokenizer", "toy")):
+        with pytest.raises(ValueError, match=f"^leave out --{name}, because the model of --init determines it$"):
+            train.make_model(train.parse_settings(["--init", model_file, f"--{name}", str(value)]))
+    with pytest.raises(ValueError, match="^--block_size 257: the model of --init allows 256$"):
+        train.make_model(train.parse_settings(["--init", model_file, "--block_size", "257"]))
+    for rows, message in ((11, "wte.weight has 11 rows, but the tokenizer toy has 299 tokens$"), (300, "has 300 rows, .* 299 tokens; remove the rows from 299 on$")):
+        GPT(GPTConfig(rows, tokenizer="toy")).save(tmp_path / "other.pt")
+        with pytest.raises(ValueError, match=f"^{tmp_path}/other.pt: .*{message}"):
+            train.make_model(train.parse_settings(["--init", str(tmp_path / "other.pt")]))
+    monkeypatch.setattr(data, "get_tokenizer", lambda name: type("GPT2", (), {"n_vocab": 50257}))
+    GPT(GPTConfig(50304, n_head=1, n_embd=2, tokenizer="gpt2")).save(tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="wte.weight has 50,304 rows, but the tokenizer gpt2 has 50,257 tokens; remove the rows from 50,257 on$"):
+        train.make_model(train.parse_settings(["--init", str(tmp_path / "other.pt")]))
 
 
-def test_small_models_run_on_one_thread_and_denormals_are_flushed(tmp_path, monkeypatch):
+def test_small_models_run_on_one_thread_large_ones_on_all_and_denormals_are_flushed(monkeypatch):
     """Without flushing, 31 separable pairs took five times as long."""
     threads, flushed = [], []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     monkeypatch.setattr(torch, "set_flush_denormal", flushed.append)
-    train.main([*OWN, "--out", str(tmp_path / "out")])
+    train.make_model(Config(device="cpu"))
     assert threads == [1] and flushed == [True]
+    train.make_model(Config(device="cpu", n_embd=512))  # 3.4 million weights
+    assert threads == [1] and flushed == [True, True]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
