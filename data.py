@@ -176,9 +176,10 @@ def encode_pairs(records, tokenizer, block_size, model_limit=None):
                 if max(len(texts[1]), len(texts[2])) > CHARACTERS * block_size:
                     more = " or more"  # because this text was cut
     if needed:
+        sizes = " to ".join(str(size) for size in sorted({min(needed), max(needed)}))
         known = f"; the model of --init allows {model_limit}" if model_limit else ""
         counts[f"dropped: a completion over half of --block_size {block_size}; they need "
-               f"--block_size {min(needed)} to {max(needed)}{more}{known}"] = len(needed)
+               f"--block_size {sizes}{more}{known}"] = len(needed)
     counts[f"with fields that are not used: {', '.join(unused):.200}"] = counts.pop("unused", 0)
     return pairs, {text: n for text, n in counts.items() if n}
 

@@ -10,6 +10,7 @@
 """
 import argparse
 import copy
+import functools
 import statistics
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import torch
 
 import data
 import train
+from dpo import dpo_loss, preference_metrics
 from model import GPT, GPTConfig
 
 WORKLOADS = {  # vocabulary, layers, channels, heads, prompt lengths, completion lengths, pairs per batch, batches
@@ -60,22 +62,30 @@ def random_batches(pairs, batch_size, seed):
             yield [pairs[i] for i in batch]
 
 
-def textbook_epoch(model, reference, pairs, cfg):
-    def objective(model, batch, cfg):
-        with torch.no_grad():
-            chosen, rejected = textbook_logps(reference, train.rows_of(batch), cfg).view(2, -1).tolist()
-        scored = [data.ScoredPair(*pair, y_w, y_l) for pair, y_w, y_l in zip(batch, chosen, rejected, strict=True)]
-        return train.pair_losses(textbook_logps(model, train.rows_of(batch), cfg), scored, cfg)
+def textbook_objective(model, pairs, cfg, reference):
+    """train.dpo_objective, but the reference scores the batch too."""
+    policy_chosen, policy_rejected = textbook_logps(model, train.rows_of(pairs), cfg).chunk(2)
+    with torch.no_grad():
+        ref_chosen, ref_rejected = textbook_logps(reference, train.rows_of(pairs), cfg).chunk(2)
+    losses, *rewards = dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, cfg.beta)
+    return losses, preference_metrics(*rewards, policy_chosen, policy_rejected)
 
+
+def epoch(model, optimizer, batches, objective, cfg):
+    for step in range(1, cfg.steps + 1):
+        optimizer.param_groups[0]["lr"] = train.warmup_cosine(step, cfg.steps, cfg.learning_rate)
+        train.train_step(model, optimizer, next(batches), objective, cfg)
+
+
+def textbook_epoch(model, reference, pairs, cfg):
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0)
-    batches = random_batches(pairs, cfg.batch_size, cfg.seed)
-    list(train.fit(model, optimizer, batches, objective, cfg.steps, cfg.learning_rate, cfg))
+    objective = functools.partial(textbook_objective, reference=reference)
+    epoch(model, optimizer, random_batches(pairs, cfg.batch_size, cfg.seed), objective, cfg)
 
 
 def our_epoch(model, scored_pairs, cfg):
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0, fused=True)
     batches = data.batches(scored_pairs, cfg.batch_size, cfg.seed)
-    list(train.fit(model, optimizer, batches, train.dpo_objective, cfg.steps, cfg.learning_rate, cfg))
+    epoch(model, train.make_optimizer(model), batches, train.dpo_objective, cfg)
 
 
 def seconds(call):
@@ -98,11 +108,13 @@ def run(kind, model, reference, pairs, cfg):
 
 
 def check(model, pairs, cfg):
-    """Largest difference of losses, and of gradients relative to the largest one."""
-    results = []
-    scored = [data.ScoredPair(*pair, -1.0, 0.0) for pair in pairs[:cfg.batch_size]]
-    for logps_of in (textbook_logps, train.completion_logps):
-        losses, _ = train.pair_losses(logps_of(model, train.rows_of(scored), cfg), scored, cfg)
+    """Largest difference of losses, and of gradients relative to the largest one. The reference differs from the model."""
+    results, reference = [], copy.deepcopy(model).requires_grad_(False)
+    for p in reference.parameters():
+        p += 0.02 * torch.randn_like(p)
+    scored = train.score_pairs(reference, pairs[:cfg.batch_size], cfg)
+    for objective in (functools.partial(textbook_objective, reference=reference), train.dpo_objective):
+        losses, _ = objective(model, scored, cfg)
         gradient = torch.autograd.grad(losses.mean(), list(model.parameters()))
         results.append((losses.detach(), torch.cat([g.flatten() for g in gradient])))
     (loss, gradient), (other_loss, other_gradient) = results

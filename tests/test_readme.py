@@ -3,9 +3,7 @@ import ast
 import base64
 import copy
 import json
-import os
 import re
-import subprocess
 import sys
 import types
 
@@ -146,7 +144,7 @@ def test_the_converter_keeps_pairs_with_one_context_and_counts_the_others(form, 
         code, text = code.replace(lines, array), json.dumps(records, indent=1)
     (tmp_path / "records.jsonl").write_text(text)
     exec(code, {})
-    assert list(data.read_jsonl("pairs.jsonl")) == [pair for _, _, _, *pair in FITTING]
+    assert [list(record.values()) for record in data.read_jsonl("pairs.jsonl")] == [pair for _, _, _, *pair in FITTING]
     assert capsys.readouterr().out == f"{ {'kept': len(FITTING), 'dropped': len(NOT_FITTING) + 3} }\n"
 
 
@@ -167,31 +165,9 @@ def test_two_lines_convert_safetensors(tmp_path, monkeypatch):
     weights = GPT(GPTConfig(50, 16, 1, 2, 32)).to_gpt2()
     safetensors.save_file(weights, "gpt2/model.safetensors")
     exec(snippet("load_file"), {})
-    again = GPT.load("gpt2/pytorch_model.bin", n_head=2).to_gpt2()
+    (tmp_path / "gpt2" / "config.json").write_text('{"n_head": 2}')
+    again = GPT.load("gpt2/pytorch_model.bin").to_gpt2()
     assert all(torch.equal(again[name], weights[name]) for name in again | weights)
-
-
-def test_two_processes_get_the_weights_of_one(small, tmp_path):
-    """Batches of 3 in 2 micro-batches leave one process without a pair. Observed difference: 2e-7 of the largest weight."""
-    flags = {"data": str(PAIRS), "init": str(small[1] / "sft.pt"), "out": str(tmp_path), "steps": 4, "learning_rate": 1e-5,
-             "batch_size": 3, "grad_accum": 2, "device": "cpu", "dtype": "float32"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", ROOT / "tests" / "several_processes.py"]
-    done = subprocess.run([*torchrun, *(f"--{name}={value}" for name, value in flags.items())], capture_output=True, text=True,
-                          timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    cfg = train.Config(**flags)
-    reference = train.load_model(cfg).requires_grad_(False)
-    pairs, _, _ = data.encode_pairs(data.read_jsonl(PAIRS), TOKENIZER, cfg.block_size)
-    training_pairs, _ = data.split_pairs(pairs, cfg.held_out, cfg.block_size, cfg.seed)
-    batches = data.batches(train.score_pairs(reference, training_pairs, cfg), cfg.batch_size, cfg.seed)
-    policy = copy.deepcopy(reference).requires_grad_(True)
-    optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), weight_decay=0)
-    losses = [row["loss"] for _, row in train.fit(policy, optimizer, batches, train.dpo_objective, cfg.steps, cfg.learning_rate, cfg)]
-    assert list(map(float, re.findall(r"loss (\S+)", done.stdout))) == pytest.approx(losses, abs=1e-3)
-    two = GPT.load(tmp_path / "dpo.pt").state_dict()
-    for name, weight in policy.state_dict().items():  # the gradient of the keys' bias is rounding noise, which Adam enlarges
-        assert name.endswith("c_attn.bias") or (two[name] - weight).abs().max() < 1e-5 * weight.abs().max(), name
-    assert not torch.equal(two["wte.weight"], reference.wte.weight)
 
 
 def test_the_picture_is_the_tutorials_own_output():

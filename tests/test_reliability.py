@@ -48,7 +48,7 @@ def child(arguments, limit, folder):
 
 
 def start(*arguments, limit=None, folder=ROOT):
-    process = SPAWN.Process(target=child, args=([str(a) for a in arguments], limit, folder))
+    process = SPAWN.Process(target=child, args=([str(a) for a in arguments], limit, folder), daemon=True)  # ends with the tests
     process.start()
     return process
 

@@ -166,20 +166,20 @@ def samples_in(text):
     return {prompt: samples for prompt, *samples in found}
 
 
-@pytest.mark.parametrize("name", ["small", "own"])
-def test_printed_samples_are_those_of_the_saved_models_on_held_out_prompts(name, request):
-    if name == "own":
-        text, out = request.getfixturevalue("own")
-    else:
-        process, out = request.getfixturevalue("small")
-        text = process.stdout
+def test_printed_samples_of_the_toy_task_are_those_of_the_saved_models_on_held_out_prompts(small):
+    held_out = [TOKENIZER.encode_ordinary(x) for x in data.toy_prompts()[1]]
+    check_samples(small[0].stdout, small[1], held_out, 4)
+
+
+def test_printed_samples_on_own_pairs_are_those_of_the_saved_models_on_held_out_prompts(own):
+    pairs = data.encode_pairs(data.read_jsonl(PAIRS), TOKENIZER, 256)[0]
+    held_out = dict.fromkeys(tuple(pair.prompt) for pair in data.split_pairs(pairs, 0.2, 256, 0)[1])
+    check_samples(*own, [list(ids) for ids in held_out][:32], 128)
+
+
+def check_samples(text, out, held_out, n):
+    """The printed samples, lengths, shares with EOS and KL of a run, each computed again from its models."""
     models, cfg = [GPT.load(out / file) for file in ("sft.pt", "dpo.pt")], Config(device="cpu")
-    if name == "own":
-        pairs = data.encode_pairs(data.read_jsonl(PAIRS), TOKENIZER, 256)[0]
-        held_out = [list(x) for x in dict.fromkeys(tuple(pair.prompt) for pair in data.split_pairs(pairs, 0.2, 256, 0)[1])][:32]
-    else:
-        held_out = [TOKENIZER.encode_ordinary(x) for x in data.toy_prompts()[1]]
-    n = 128 if name == "own" else 4
     completions = [train.sample(model, held_out, n, cfg, TOKENIZER) for model in models]
     expected = {f"{TOKENIZER.decode(x)!r:.80}": [f"{data.decode(TOKENIZER, ys[i])!r:.71}" for ys in completions]
                 for i, x in enumerate(held_out[:4])}
@@ -810,7 +810,7 @@ def test_dropped_pairs_are_announced_first_and_a_file_without_pairs_is_refused(t
     train.main([*OWN, "--data", write_pairs(tmp_path / "p.jsonl", rows), "--out", str(tmp_path / "out")])
     lines = capsys.readouterr().out.splitlines()
     assert lines[:7] == ["Warning: 7 of 9 pairs are dropped.", f"         9 pairs in {tmp_path}/p.jsonl", "         1 to train on", "         1 held out (--held_out 0.1)",
-                         "         1 dropped: a text is blank", "         6 dropped: a completion over half of --block_size 256; they need --block_size 402 to 402",
+                         "         1 dropped: a text is blank", "         6 dropped: a completion over half of --block_size 256; they need --block_size 402",
                          "mean length: chosen 2.0, rejected 2.0 tokens"]
 
 

@@ -1,11 +1,16 @@
-"""DPO in several processes. Each one computes its part of every batch, and the gradients are added up.
+# SPDX-License-Identifier: MIT
+# Copyright (c) 2026 the authors of Minimal DPO
+"""DPO in several processes: each computes its part of every batch, and the gradients are added up.
 
-    torchrun --nproc_per_node 2 tests/several_processes.py --data pairs.jsonl --init out/sft.pt --out several
+You need this if one GPU is too slow, but the model still fits on it. In the project's folder:
+
+    torchrun --nproc_per_node 2 -m tests.examples.torchrun --data pairs.jsonl --init out/sft.pt --out several
 
 Each process holds all weights and scores all pairs. It uses the GPU of its local rank, or the CPU.
 The result is dpo.pt in --out. There is no SFT, no report and no --resume.
 """
 import argparse
+import contextlib
 import copy
 import dataclasses
 import os
@@ -15,24 +20,39 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for torchrun with a path, not with -m
 import data
 import train
 
-FLAGS = ("data", "held_out", "init", "out", "beta", "steps", "learning_rate", "batch_size", "grad_accum", "device", "dtype", "seed")
+FLAGS = ("data", "held_out", "block_size", "init", "out", "beta", "label_smoothing", "steps",
+         "learning_rate", "batch_size", "grad_accum", "device", "dtype", "seed")
+RANK = int(os.environ.get("RANK", 0))  # torchrun numbers the processes
 
 
 def parse_settings():
     """The command line as a train.Config. The help and the defaults are those of train.py."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.error = train.fail
     for f in dataclasses.fields(train.Config):
         if f.name in FLAGS:
-            parser.add_argument(f"--{f.name}", type=f.type, default=f.default, required=f.name in ("data", "init", "out"),
+            parser.add_argument(f"--{f.name}", type=f.type, default=f.default,
+                                required=f.name in ("data", "init", "out"),
                                 choices=f.metadata["choices"], help=f.metadata["help"])
     cfg = train.Config(**vars(parser.parse_args()))
     if (Path(cfg.out) / "dpo.pt").exists():
-        parser.error(f"{cfg.out} holds an earlier run: choose another folder with --out")
+        raise ValueError(f"{cfg.out} holds an earlier run: choose another folder with --out")
     return cfg
+
+
+def read_input():
+    """The settings, the reference and the pairs. Only the first process prints the counts."""
+    cfg = parse_settings()
+    if cfg.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    reference = train.make_model(cfg).requires_grad_(False)
+    with contextlib.redirect_stdout(sys.stdout if RANK == 0 else None):
+        task = train.FileTask(cfg, reference)
+    return cfg, reference, task.training_pairs
 
 
 def add_up(gradient):
@@ -43,37 +63,33 @@ def add_up(gradient):
 
 
 def objective(policy, pairs, cfg):
-    """train.dpo_objective on every world-th pair of a micro-batch, which may leave no pair for this process.
-    Then it computes one pair with weight 0, because each process must take part in each sum."""
-    part = pairs[dist.get_rank()::dist.get_world_size()]
-    losses, _ = train.dpo_objective(policy, part or pairs[:1], cfg)
-    return losses if part else 0 * losses, {}
+    """train.dpo_objective on this process's share of a micro-batch. If the share has no pair, one
+    pair is computed with weight 0, because each process must take part in each sum."""
+    share = pairs[dist.get_rank()::dist.get_world_size()]
+    losses, _ = train.dpo_objective(policy, share or pairs[:1], cfg)
+    return losses if share else 0 * losses, {}
 
 
 def main():
-    cfg = parse_settings()
-    on_gpu = cfg.device == "cuda"
-    if on_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if on_gpu else "gloo")
-    reference = train.load_model(cfg).to(cfg.device).requires_grad_(False)
-    pairs, counts, _ = data.encode_pairs(data.read_jsonl(cfg.data), data.get_tokenizer(cfg.tokenizer), cfg.block_size)
-    training_pairs, _ = data.split_pairs(pairs, cfg.held_out, cfg.block_size, cfg.seed)
-    if dist.get_rank() == 0:
-        print(*(f"{n:10,} {text}" for text, n in counts.items()), sep="\n")
-    scored_pairs = train.score_pairs(reference, training_pairs, cfg)
-
+    try:
+        cfg, reference, pairs = read_input()
+    except (OSError, ValueError) as error:
+        train.fail(error)
+    dist.init_process_group("nccl" if cfg.device == "cuda" else "gloo")
+    scored_pairs = train.score_pairs(reference, pairs, cfg)
     policy = copy.deepcopy(reference).requires_grad_(True)
     for p in policy.parameters():
-        p.register_hook(add_up)  # train.fit clips the sum
-    optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), weight_decay=0, fused=True)
+        p.register_hook(add_up)  # before train.train_step clips the sum
+    optimizer = train.make_optimizer(policy)
     batches = data.batches(scored_pairs, cfg.batch_size, cfg.seed)  # the same in every process
-    for step, metrics in train.fit(policy, optimizer, batches, objective, cfg.steps, cfg.learning_rate, cfg):
+    for step in range(1, cfg.steps + 1):
+        optimizer.param_groups[0]["lr"] = train.warmup_cosine(step, cfg.steps, cfg.learning_rate)
+        metrics = train.train_step(policy, optimizer, next(batches), objective, cfg)
         loss = torch.tensor(metrics["loss"], device=cfg.device)  # of this process's pairs
         dist.all_reduce(loss)
-        if dist.get_rank() == 0:
+        if RANK == 0:
             print(f"step {step}/{cfg.steps}: loss {loss.item():.4f}", flush=True)
-    if dist.get_rank() == 0:
+    if RANK == 0:
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
         policy.save(Path(cfg.out) / "dpo.pt")
     dist.destroy_process_group()
