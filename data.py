@@ -25,8 +25,8 @@ import torch.nn.functional as F
 # Examples. All texts are token ids. Completions end with EOS, unless a sample was cut off.
 Row = namedtuple("Row", ("prompt", "completion"))
 Pair = namedtuple("Pair", ("prompt", "chosen", "rejected"))
-# A ScoredPair adds log π_ref(y|x) of both completions, in nats. They do not change during training,
-# because the reference is frozen, so they are computed once and travel with the pair.
+# A ScoredPair adds log π_ref(y|x) of both completions, in nats. Because the reference is frozen,
+# they are computed once, before training, and travel with the pair.
 ScoredPair = namedtuple("ScoredPair", (*Pair._fields, "ref_chosen_logp", "ref_rejected_logp"))
 
 
@@ -132,8 +132,9 @@ def read_jsonl(path):
             except (AttributeError, ValueError, RecursionError):  # it is no JSON object
                 record, found = {}, line[:60]
             if not all(isinstance(record.get(key), str) for key in KEYS):
-                raise ValueError(f"{path}:{number}: expected strings prompt, chosen and rejected, got "
-                                 f"{found!r:.200}; the README shows how to convert other formats")
+                raise ValueError(
+                    f"{path}:{number}: expected strings prompt, chosen and rejected, got "
+                    f"{found!r:.200}; the README shows how to convert other formats")
             yield record
 
 
@@ -145,7 +146,7 @@ def encode_pair(texts, tokenizer, block_size):
     rejected = encode_completion(tokenizer, texts[2][:limit])
     longest = max(len(chosen), len(rejected))
     lost = len(texts[0]) > limit or len(prompt) + longest > block_size
-    parts = (prompt[longest - block_size:], chosen, rejected)
+    parts = (prompt[longest - block_size:], chosen, rejected)  # the last tokens that leave room
     return Pair(*(np.array(ids, np.int32) for ids in parts)), longest, lost
 
 
@@ -153,15 +154,15 @@ def encode_pairs(records, tokenizer, block_size, model_limit=None):
     """Encode the records of read_jsonl: [Pair], and {what happened: number of pairs}.
 
     A pair is dropped if a text is blank, if its completions are identical, or if one of them is
-    longer than half of block_size. The counts also name model_limit, the block_size of --init.
+    longer than half of block_size. Then the count says which block_size the long pairs need, and
+    model_limit, the largest one that the model of --init allows.
     """
-    pairs, counts, needed, more, unused = [], Counter(), [], "", {}
+    pairs, counts, unused, needed, or_more = [], Counter(), set(), [], ""
     for record in records:
         texts = [record[key] for key in KEYS]
-        others = [key for key in record if key not in KEYS]
-        unused.update(dict.fromkeys(others))  # a dict keeps the order in which they appear
+        unused |= set(record) - set(KEYS)
         counts["in the file"] += 1
-        counts["unused"] += bool(others)
+        counts["unused"] += len(record) > len(KEYS)
         if not all(text.strip() for text in texts):
             counts["dropped: a text is blank"] += 1
         elif texts[1] == texts[2]:
@@ -174,13 +175,13 @@ def encode_pairs(records, tokenizer, block_size, model_limit=None):
             else:
                 needed.append(2 * longest)
                 if max(len(texts[1]), len(texts[2])) > CHARACTERS * block_size:
-                    more = " or more"  # because this text was cut
+                    or_more = " or more"  # because encode_pair has cut this text
     if needed:
-        sizes = " to ".join(str(size) for size in sorted({min(needed), max(needed)}))
         known = f"; the model of --init allows {model_limit}" if model_limit else ""
         counts[f"dropped: a completion over half of --block_size {block_size}; they need "
-               f"--block_size {sizes}{more}{known}"] = len(needed)
-    counts[f"with fields that are not used: {', '.join(unused):.200}"] = counts.pop("unused", 0)
+               f"--block_size {min(needed)} to {max(needed)}{or_more}{known}"] = len(needed)
+    names = ", ".join(sorted(unused))
+    counts[f"with fields that are not used: {names:.200}"] = counts.pop("unused", 0)
     return pairs, {text: n for text, n in counts.items() if n}
 
 
@@ -188,15 +189,16 @@ def split_pairs(pairs, fraction, block_size, seed):
     """Hold out a fraction of the prompts, with all of their pairs: (training, held-out pairs).
 
     With two or more prompts, at least one is held out and one is not, unless fraction is 0. Prompts
-    with the same last block_size // 2 tokens count as one, since a cut may keep only these.
+    that agree in their last block_size // 2 tokens count as one, because a cut can make them equal.
+    Held-out pairs come in random order, because only the first ones are evaluated.
     """
     ends = [pair.prompt[-(block_size // 2):].tobytes() for pair in pairs]
     distinct = list(dict.fromkeys(ends))
     n = max(0, min(len(distinct) - 1, math.ceil(fraction * len(distinct))))
-    order = np.random.default_rng(seed).permutation(len(distinct))
-    held_out = {distinct[i] for i in order[:n]}
-    return ([pair for pair, end in zip(pairs, ends) if end not in held_out],
-            [pair for pair, end in zip(pairs, ends) if end in held_out])
+    rng = np.random.default_rng(seed)
+    held_out = {distinct[i] for i in rng.permutation(len(distinct))[:n]}
+    training_pairs = [pair for pair, end in zip(pairs, ends) if end not in held_out]
+    return training_pairs, [pairs[i] for i in rng.permutation(len(pairs)) if ends[i] in held_out]
 
 
 # The toy task

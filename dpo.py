@@ -14,10 +14,14 @@ of pairs, compute four log-probabilities, then the loss:
                                                         ref_chosen_logps, ref_rejected_logps, beta)
     losses.mean().backward()
 
-Notation of the paper: x is the prompt, y_w the chosen completion, y_l the rejected completion.
-π_θ is the policy that you train. π_ref is the reference, a frozen copy of the initial policy.
-β is the strength of the KL penalty. r̂(x, y) = β log(π_θ(y|x) / π_ref(y|x)) is the implicit reward.
-The KL penalty is part of this parametrisation of the reward; the loss has no separate KL term.
+A model here returns logits; of a Hugging Face model, pass policy(chosen).logits.
+
+In the paper's notation, x is the prompt, y_w the chosen and y_l the rejected completion. π_θ is the
+policy that you train, and π_ref the reference, a frozen copy of the initial policy. Why this loss?
+For every reward r, the policy that maximises E[r] - β KL(π‖π_ref) has r = β log(π/π_ref) + β log Z
+(Eq. 5). People prefer y_w to y_l with probability σ(r(x, y_w) - r(x, y_l)) (Bradley-Terry, Eq. 1),
+in which log Z(x) cancels. So DPO maximises the likelihood of the preferences under the implicit
+reward r̂(x, y) = β log(π_θ(y|x)/π_ref(y|x)). It contains the KL penalty; the loss needs no other.
 """
 import torch
 import torch.nn.functional as F
@@ -27,7 +31,7 @@ def sequence_logps(logits, tokens, mask):
     """log π(y|x) = Σ_t log π(y_t | x, y_<t) of each row of a batch, from the model's logits.
 
     logits (B, T, V)  the model's output for tokens. Do not shift it; do not apply softmax.
-           (N, V)     or only the logits that predict the N scored tokens:
+           (N, V)     or, to save memory, only the logits that predict the N scored tokens:
                       logits[:, :-1][mask[:, 1:]]
     tokens (B, T)     ids of the model's input: prompt, completion, EOS, then padding
     mask   (B, T)     True on the completion and its EOS, False on the prompt and on padding.
@@ -55,7 +59,7 @@ def sequence_logps(logits, tokens, mask):
     if logits.dim() != 2 or len(logits) != len(targets):
         raise ValueError(f"expected logits (B, T, V) or (N, V), got {tuple(logits.shape)} for "
                          f"tokens {shape} with {len(targets)} scored")
-    # In bfloat16, a sum of many log-probabilities would be wrong by nats.
+    # Convert first: in bfloat16, a sum of many log-probabilities can be wrong by several nats.
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     token_logps = logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)  # (N,)
     rows = token_logps.new_zeros(scored.shape)
@@ -103,8 +107,8 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_r
 
 
 def preference_metrics(chosen_rewards, rejected_rewards, chosen_logps, rejected_logps):
-    """Standard metrics of a batch of pairs: {name: (B,)}, without gradient. The rewards are those
-    of dpo_loss. The names are TRL's, but here a tie counts ½ in the accuracy."""
+    """Each standard metric, one value per pair: {name: (B,)}, without gradient. The rewards are
+    those of dpo_loss. The names are TRL's, but here a tie counts ½ in the accuracy."""
     margins = chosen_rewards - rejected_rewards
     return {
         "rewards/chosen": chosen_rewards,  # implicit rewards: β times nats
@@ -124,7 +128,7 @@ def optimal_logps(ref_logps, rewards, beta):
     ref_logps, rewards (..., K)  of all K completions of a prompt; beta > 0
     returns (..., K)             nats; log_softmax subtracts log Z(x)
 
-    The expected DPO loss has the same optimum if the pairs cover all completions, the labels are
-    Bradley-Terry (Eq. 1) and unsmoothed. Worked value: π_ref (½, ½), r (ln 3, 0), β = 1: π* (¾, ¼).
+    The expected DPO loss has the same optimum if the pairs cover all completions, labels follow
+    Eq. 1, and label_smoothing is 0. Worked value: π_ref (½, ½), r (ln 3, 0), β = 1: π* (¾, ¼).
     """
     return torch.log_softmax(ref_logps + rewards / beta, dim=-1)

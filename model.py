@@ -51,9 +51,8 @@ class Attention(nn.Module):
     def forward(self, x, cache):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=-1)
-        q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
-        k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
-        v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+        # to (B, nh, T, hs)
+        q, k, v = (x.view(B, T, self.n_head, -1).transpose(1, 2) for x in (q, k, v))
         if cache is not None:  # {this module: keys and values of all tokens so far}
             if self in cache:
                 k = torch.cat([cache[self][0], k], dim=2)
@@ -143,7 +142,7 @@ class GPT(nn.Module):
             padded[i, :len(ids)] = torch.tensor(ids)
         length = torch.tensor(lengths, device=device)  # (B,)
         ended = torch.zeros_like(length, dtype=torch.bool)
-        tokens, start, cache = padded[:, :shortest], 0, {}  # tokens from start on are not cached
+        tokens, start, cache = padded[:, :shortest], 0, {}  # start: first token not in the cache
         while not ended.all():  # all rows advance together
             hidden = self.hidden(tokens[:, start:], start, cache)[:, -1]  # (B, C)
             logits = F.linear(hidden, self.wte.weight).float()  # (B, V)
@@ -151,7 +150,7 @@ class GPT(nn.Module):
                 new = logits.argmax(-1)
             else:
                 new = (logits / temperature).softmax(-1).multinomial(1, generator=generator)[:, 0]
-            start = tokens.shape[1]  # position of the new token
+            start = tokens.shape[1]  # of the new token, the only one not in the cache
             if start < longest:  # a longer prompt continues with its own token
                 new = torch.where(start < length, padded[:, start], new)
             tokens = torch.cat([tokens, new[:, None]], dim=1)
@@ -163,7 +162,7 @@ class GPT(nn.Module):
     @classmethod
     def from_gpt2(cls, weights, n_head, tokenizer="gpt2"):
         """A GPT from weights in GPT-2's published layout, {name: tensor}; n_head is not in them.
-        Raises ValueError if a tensor is missing, unknown, of another shape or not finite."""
+        Raises KeyError without wte.weight, and ValueError if another tensor does not fit."""
         masks = (".attn.bias", ".attn.masked_bias")  # old files contain the causal masks
         weights = {name.removeprefix("transformer."): w.T if name.endswith(TRANSPOSED) else w
                    for name, w in weights.items() if not name.endswith(masks)}
@@ -206,7 +205,7 @@ class GPT(nn.Module):
             model = cls.from_gpt2(weights, config.get("n_head"), config.get("tokenizer", "gpt2"))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-        for name in ("n_layer", "n_embd"):  # another model's config.json has other heads
+        for name in ("n_layer", "n_embd"):  # config.json of another model has a wrong n_head
             if config.get(name, getattr(model.config, name)) != getattr(model.config, name):
                 raise ValueError(f"{path}: config.json has {name} {config[name]!r:.60}, but the "
                                  f"weights have {getattr(model.config, name)}")
@@ -239,7 +238,7 @@ def load_checkpoint(path):
     """The dict that torch.save wrote to path; code in the file is not run. Raises ValueError if the
     file is of another kind or damaged."""
     with open(path, "rb") as file:
-        if file.read(9)[8:] == b"{":
+        if file.read(9)[8:] == b"{":  # 8 bytes with the length of a JSON header, which follows
             raise ValueError(f"{path}: a safetensors file; the README shows how to convert it")
         try:
             if zipfile.is_zipfile(file) and zipfile.ZipFile(file).testzip():
@@ -255,7 +254,7 @@ def save_checkpoint(path, content):
     """torch.save to a temporary file that replaces path. If it fails, the old file stays whole."""
     try:
         torch.save(content, f"{path}.tmp")
-        if not zipfile.is_zipfile(f"{path}.tmp"):  # torch 2.6 misses an error at the end
+        if not zipfile.is_zipfile(f"{path}.tmp"):  # torch 2.6 misses an error in the last bytes
             raise RuntimeError("the end of the file is missing")
     except RuntimeError as error:  # torch.save raises it if the disk is full
         raise OSError(f"{path} cannot be written; is the disk full? {error}") from None

@@ -49,7 +49,7 @@ def main(arguments=None):
     print(f"β {cfg.beta:g}, learning rates {cfg.sft_learning_rate:g} (SFT) and "
           f"{cfg.learning_rate:g} (DPO), {cfg.dtype} on {cfg.device}, seed {cfg.seed}")
 
-    # 1. Supervised fine-tuning (SFT): maximum likelihood of good and bad answers.
+    # 1. Supervised fine-tuning (SFT): maximum likelihood of reviews or of your chosen completions.
     train_stage(run, "SFT", sft, task.sft_rows(), sft_objective,
                 steps=cfg.sft_steps, peak=cfg.sft_learning_rate, held_out_pairs=[])
     sft.save(run.out / "sft.pt")
@@ -70,7 +70,7 @@ def main(arguments=None):
                 steps=cfg.steps, peak=cfg.learning_rate, held_out_pairs=scored_held_out_pairs)
     policy.save(run.out / "dpo.pt")
 
-    # 5. The report, on held-out prompts.
+    # 5. The report, on held-out prompts, if there are any.
     figures = task.report(reference, policy)
     run.log(**{f"report/{name}": value for name, value in figures.items()})
 
@@ -86,7 +86,7 @@ def completion_logps(model, rows, cfg):
 
 def sft_objective(model, rows, cfg):
     """Losses (B,): -log π(y|x), in nats per completion. The metric nats_per_token divides each loss
-    by the row's own length, so its mean is not the cross-entropy of the corpus."""
+    by its own length, so its mean is not the corpus's cross-entropy: short rows weigh too much."""
     losses = -completion_logps(model, rows, cfg)
     lengths = losses.new_tensor([len(row.completion) for row in rows])
     return losses, {"nats_per_token": losses.detach() / lengths}
@@ -116,7 +116,7 @@ def dpo_objective(policy, pairs, cfg):
 @torch.no_grad()
 def score(model, rows, cfg):
     """log π(y|x) of any number of rows under a model, without gradient: (len(rows),), nats, float64
-    on the CPU. The longest rows come first, so if memory runs out, it does so at once."""
+    on the CPU. The longest rows come first, so if memory runs out, it usually does so early."""
     order = sorted(range(len(rows)), key=lambda i: data.length(rows[i]), reverse=True)
     batches, start = [], 0  # a batch is a list of row numbers
     while start < len(rows):
@@ -138,7 +138,7 @@ def score_pairs(reference, pairs, cfg):
 
 # ---- Training ----
 def make_optimizer(model):
-    """The paper uses RMSprop. Weight decay would pull the weights to 0, not to the reference."""
+    """AdamW (the paper: RMSprop) without weight decay, which would pull to 0, not to π_ref."""
     return torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0, fused=True)
 
 
@@ -149,7 +149,7 @@ def train_step(model, optimizer, batch, objective, cfg):
     raises FloatingPointError if the loss or the gradient is not finite; no weight has changed then
     """
     optimizer.zero_grad()
-    sums = collections.defaultdict(float)
+    sums = collections.Counter()
     size = math.ceil(len(batch) / cfg.grad_accum)
     for i in range(0, len(batch), size):  # over micro-batches
         losses, metrics = objective(model, batch[i:i + size], cfg)
@@ -173,13 +173,13 @@ def warmup_cosine(step, steps, peak):
 
 
 def train_stage(run, stage, model, examples, objective, steps, peak, held_out_pairs):
-    """The loop of SFT and of DPO. A tenth of the steps ends with an evaluation of held_out_pairs
-    and a printed row. Steps that an earlier run has done are skipped."""
+    """The loop of SFT and of DPO. Ten times, at equal distances, it evaluates held_out_pairs and
+    prints a row. With --resume it skips the steps that the earlier run has done."""
     cfg, optimizer = run.cfg, make_optimizer(model)
     done = run.restore(stage, model, optimizer)
     batches = itertools.islice(data.batches(examples, cfg.batch_size, cfg.seed), done, None)
     tenths = {math.ceil(i * steps / 10) for i in range(1, 11)}
-    recent, began = [], time.perf_counter()  # metrics since the last row
+    recent, is_first_row, began = [], True, time.perf_counter()
     for step in range(done + 1, steps + 1):
         optimizer.param_groups[0]["lr"] = warmup_cosine(step, steps, peak)
         try:
@@ -188,23 +188,23 @@ def train_stage(run, stage, model, examples, objective, steps, peak, held_out_pa
             raise FloatingPointError(f"{stage} step {step}: {error}; is the learning rate {peak:g} "
                                      "too high? Start again with another --out") from None
         if step in tenths and held_out_pairs:
-            for name, mean in evaluate(model, held_out_pairs, cfg).items():
-                metrics[f"eval/{name}"] = mean
+            means = evaluate(model, held_out_pairs, cfg)
+            metrics |= {f"eval/{name}": mean for name, mean in means.items()}
         run.log(stage=stage, step=step, **metrics)
         recent.append(metrics)
         if step in tenths:
             seconds_left = (time.perf_counter() - began) / (step - done) * (steps - step)
-            print_row(stage, step, steps, recent, seconds_left, header=len(recent) == step - done)
-            recent = []
+            print_row(stage, step, steps, recent, seconds_left, is_first_row)
+            recent, is_first_row = [], False
         if step % cfg.save_every == 0 or step == steps:
             run.save(stage, step, model, optimizer if step < steps else None)
-    optimizer.zero_grad()  # frees the gradients
+    optimizer.zero_grad()  # frees the gradients, which the copied policy would keep in memory too
 
 
 @torch.no_grad()
 def evaluate(policy, pairs, cfg):
-    """Mean DPO loss and metrics of any number of ScoredPairs: {name: number}. Pairs of similar
-    length share a batch of the size of a micro-batch in training, which has fitted in memory."""
+    """Mean DPO loss and metrics of any number of ScoredPairs: {name: number}. Its batches have the
+    size of a micro-batch in training but need no gradient, so they should fit in memory too."""
     pairs = sorted(pairs, key=data.length)
     size = math.ceil(cfg.batch_size / cfg.grad_accum)
     sums = collections.Counter()
@@ -215,10 +215,10 @@ def evaluate(policy, pairs, cfg):
     return {name: total / len(pairs) for name, total in sums.items()}
 
 
-def print_row(stage, step, steps, recent, seconds_left, header):
-    """Print the means of the metrics since the last row, and the labels if this is the first."""
+def print_row(stage, step, steps, recent, seconds_left, is_first_row):
+    """Print the means of the metrics since the last row, and above the first row their labels."""
     names = [name for name in COLUMNS if name in recent[-1]]
-    if header:
+    if is_first_row:
         print(f"\n{'step':>13}", *(f"{COLUMNS[name]:>8}" for name in names), "ETA")
     means = [np.mean([row[name] for row in recent if name in row]) for name in names]
     position = f"{step}/{steps}" if steps < 10**4 else f"{step:,}"
@@ -245,7 +245,8 @@ class ToyTask:
 
     def pairs(self, sft):
         pairs = make_pairs(sft, self.prompts, self.cfg.n_pairs, self.cfg, self.tokenizer)
-        print(f"\n{self.cfg.n_pairs:,} pairs sampled, {len(pairs):,} kept (the rest are identical)")
+        print(f"\n{self.cfg.n_pairs:,} pairs sampled, {len(pairs):,} kept (in the others "
+              "both completions are identical)")
         if not pairs:
             fail("all sampled pairs are identical; more --n_pairs or --sft_steps may help")
         return pairs, make_pairs(sft, self.held_out_prompts, EVALUATED, self.cfg, self.tokenizer)
@@ -263,6 +264,7 @@ def make_pairs(sft, prompts, n, cfg, tokenizer):
     prompts = [prompts[i % len(prompts)] for i in range(n)]
     prompt_ids = [tokenizer.encode_ordinary(x) for x in prompts]
     samples = sample(sft, prompt_ids + prompt_ids, data.MAX_NEW_TOKENS, cfg, tokenizer)
+    # A sample that was cut before EOS is decoded with "…" at its end, so it counts as malformed.
     rewards = [data.reward(x, data.decode(tokenizer, y))
                for x, y in zip(prompts + prompts, samples, strict=True)]
     rng = np.random.default_rng((cfg.seed, 2))
@@ -305,16 +307,17 @@ class FileTask:
 
     def report(self, reference, policy):
         cfg = replace(self.cfg, dtype="float32")
-        room = cfg.block_size // 2  # for a prompt; no completion that was kept is longer
+        half = cfg.block_size // 2  # of a row is for the prompt, the other half for the sample
         pairs = self.held_out_pairs or self.training_pairs
-        prompt_ids = list(dict.fromkeys(tuple(pair.prompt[-room:]) for pair in pairs))[:32]
-        return report_samples(reference, policy, prompt_ids, room, cfg, self.tokenizer)
+        prompt_ids = list(dict.fromkeys(tuple(pair.prompt[-half:]) for pair in pairs))[:32]
+        return report_samples(reference, policy, prompt_ids, half, cfg, self.tokenizer)
 
 
 def print_pairs(pairs, tokenizer):
     for pair in pairs:
-        x, y_w, y_l = (tokenizer.decode(ids) for ids in pair)
-        print(f"{x!r:.80}\n    chosen   {y_w!r:.67}\n    rejected {y_l!r:.67}")
+        print(f"{tokenizer.decode(pair.prompt)!r:.80}")
+        print(f"    chosen   {data.decode(tokenizer, pair.chosen)!r:.67}")
+        print(f"    rejected {data.decode(tokenizer, pair.rejected)!r:.67}")
 
 
 # ---- The report ----
@@ -349,11 +352,11 @@ def report_exactly(reference, policy, prompts, cfg, tokenizer):
     logps["optimum"] = optimal_logps(logps["sft"], rewards, cfg.beta)
     table = {name: data.exact_figures(policy_logps, logps["sft"], rewards, cfg.beta)
              for name, policy_logps in logps.items()}
-    achieved = table["dpo"]["objective"] - table["sft"]["objective"]
+    achieved = table["dpo"]["objective"] - table["sft"]["objective"]  # J(π) - J(π_ref)
     achievable = table["optimum"]["objective"] - table["sft"]["objective"]
-    changes = (logps["dpo"] - logps["sft"])[:, :-1]  # without malformed text
-    with np.errstate(invalid="ignore", divide="ignore"):  # nan if all changes are equal
-        correlations = [np.corrcoef(x, r)[0, 1] for x, r in zip(changes, rewards[:, :-1])]
+    implicit_rewards = cfg.beta * (logps["dpo"] - logps["sft"])
+    correlations = [torch.corrcoef(torch.stack([x, r]))[0, 1].item()  # without malformed text
+                    for x, r in zip(implicit_rewards[:, :-1], rewards[:, :-1])]
     figures = {"objective_share": achieved / achievable if achievable > 0 else math.nan,
                "kl_to_optimum": (achievable - achieved) / cfg.beta,  # J(π*) - J(π) = β KL(π‖π*)
                "implicit_reward_correlation": np.mean(correlations).item()}
@@ -368,7 +371,8 @@ def report_exactly(reference, policy, prompts, cfg, tokenizer):
 
 def report_samples(reference, policy, prompt_ids, max_new_tokens, cfg, tokenizer):
     """Print samples of SFT and DPO. Return an estimate of DPO's KL(π‖π_ref), the mean of
-    log π(y|x) - log π_ref(y|x) over one y ~ π per prompt, and its standard error."""
+    log π(y|x) - log π_ref(y|x) over one y ~ π per prompt, and its standard error. Samples end after
+    max_new_tokens at the latest; for longer texts the estimate is one of a lower bound."""
     samples = {"SFT": sample(reference, prompt_ids, max_new_tokens, cfg, tokenizer),
                "DPO": sample(policy, prompt_ids, max_new_tokens, cfg, tokenizer)}
     for i, ids in enumerate(prompt_ids[:4]):
@@ -396,9 +400,11 @@ class Run:
     def __init__(self, cfg, checksum):
         """Open a new folder or, with --resume, an earlier run's. Raises ValueError or OSError."""
         self.cfg, self.out = cfg, Path(cfg.out)
-        if not cfg.out or (os.path.lexists(cfg.out) and not self.out.is_dir()):
-            kind = "" if not cfg.out else "a file" if self.out.exists() else "a link to nothing"
-            raise ValueError(f"--out {cfg.out}: expected a folder, got {kind or 'an empty path'}")
+        if not cfg.out:
+            raise ValueError("--out: expected a folder, got an empty path")
+        if os.path.lexists(cfg.out) and not self.out.is_dir():
+            kind = "a file" if self.out.exists() else "a link to nothing"
+            raise ValueError(f"--out {cfg.out}: expected a folder, got {kind}")
         may_differ = ("data", "out", "save_every", "resume", "overwrite")
         settings = {name: x for name, x in asdict(cfg).items() if name not in may_differ}
         settings["checksum of the pairs in --data"] = checksum
@@ -441,7 +447,7 @@ class Run:
         return done
 
     def save(self, stage, done, model, optimizer):
-        """Save the state after done steps of a stage; optimizer is None before and after it."""
+        """Save the state after done steps. At both ends of a stage, pass None as the optimizer."""
         moments = None if optimizer is None else optimizer.state_dict()
         self.state[stage] = done, model.state_dict(), moments
         self.state["metrics_size"] = self.metrics.tell()
@@ -455,7 +461,8 @@ class Run:
 
 
 # ---- Settings ----
-def option(group, default, help, low=None, high=math.inf, choices=None):  # group: in --help
+def option(group, default, help, low=None, high=math.inf, choices=None):
+    """A setting: its heading in --help, default, text in --help, and smallest and largest value."""
     metadata = {"group": group, "help": help, "low": low, "high": high, "choices": choices}
     return field(default=default, metadata=metadata)
 
@@ -466,8 +473,8 @@ class Config:
     data: str = option("data", None, "JSONL file of your pairs (default: the toy task)")
     held_out: float = option("data", 0.1, "fraction of the prompts of --data to hold out", 0, 0.9)
     tokenizer: str = option("data", None, "for --data (default: gpt2)", choices=("toy", "gpt2"))
-    block_size: int = option("data", None, "tokens in a row (default: 256, with --init as the model)",
-                             16)
+    block_size: int = option(
+        "data", None, "longest row, in tokens (default: 256, with --init the model's)", 16)
     n_pairs: int = option("data", 32768, "pairs to sample in the toy task", 1)
     n_reviews: int = option("data", 20000, "reviews for SFT in the toy task", 1)
     init: str = option("model", None, "checkpoint or GPT-2's pytorch_model.bin to start from")
@@ -548,8 +555,9 @@ def make_model(cfg):
         model = GPT.load(cfg.init)
         cfg.tokenizer, limit = model.config.tokenizer, model.config.block_size
         cfg.block_size = cfg.block_size or limit
-        if cfg.block_size > limit:
-            raise ValueError(f"--block_size {cfg.block_size}: the model of --init allows {limit}")
+        if not 16 <= cfg.block_size <= limit:
+            raise ValueError(f"--block_size {cfg.block_size}: expected 16 to {limit}, which is the "
+                             "limit of the model of --init")
         has, needs = model.config.vocab_size, data.get_tokenizer(cfg.tokenizer).n_vocab
         if has != needs:
             advice = f"; remove the rows from {needs:,} on" if has > needs else ""

@@ -222,7 +222,7 @@ def test_printed_pairs_are_the_first_two_of_the_file_with_chosen_and_rejected_as
     assert len(found) == 2
     for prompt, chosen, rejected in found:
         [record] = [r for r in records if r["prompt"] == prompt and r["chosen"] in chosen]
-        assert chosen == f"{record['chosen']}<|endoftext|>'"[:66] and rejected == f"{record['rejected']}<|endoftext|>'"[:66]
+        assert chosen == f"{record['chosen']}'"[:66] and rejected == f"{record['rejected']}'"[:66]
 
 
 def test_each_setting_changes_what_it_names_and_nothing_before(tmp_path, monkeypatch, capsys):
@@ -377,7 +377,7 @@ def test_a_setting_out_of_its_range_is_refused_by_name(name, low, high, wrong):
     (["--init", "nope.pt"], "nope.pt: expected a file, such as out/sft.pt or pytorch_model.bin"),
     (["--init", "tests"], "tests: expected a file, such as out/sft.pt or pytorch_model.bin"),
     (["--init", ""], ": expected a file, such as out/sft.pt or pytorch_model.bin"),
-    (["--out", __file__], f"--out {__file__}: expected a folder, got a file"), (["--out", ""], "--out : expected a folder, got an empty path"),
+    (["--out", __file__], f"--out {__file__}: expected a folder, got a file"), (["--out", ""], "--out: expected a folder, got an empty path"),
     (["--out", "{out}/link"], "--out {out}/link: expected a folder, got a link to nothing"),
     (["--tokenizer", "gpt2"], "the toy task needs the tokenizer toy; give your pairs with --data"),
     (["--data", PAIRS, "--tokenizer", "toy", "--out", __file__ + "/x"], f"{__file__}/x: Not a directory"),
@@ -810,7 +810,7 @@ def test_dropped_pairs_are_announced_first_and_a_file_without_pairs_is_refused(t
     train.main([*OWN, "--data", write_pairs(tmp_path / "p.jsonl", rows), "--out", str(tmp_path / "out")])
     lines = capsys.readouterr().out.splitlines()
     assert lines[:7] == ["Warning: 7 of 9 pairs are dropped.", f"         9 pairs in {tmp_path}/p.jsonl", "         1 to train on", "         1 held out (--held_out 0.1)",
-                         "         1 dropped: a text is blank", "         6 dropped: a completion over half of --block_size 256; they need --block_size 402",
+                         "         1 dropped: a text is blank", "         6 dropped: a completion over half of --block_size 256; they need --block_size 402 to 402",
                          "mean length: chosen 2.0, rejected 2.0 tokens"]
 
 
@@ -827,13 +827,13 @@ def test_fields_that_are_not_used_and_the_limit_of_the_model_are_named(tmp_path,
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, records)))
     train.main([*TINY[6:], "--init", model_file, "--sft_steps", "1", "--steps", "1", "--block_size", "64", "--data", str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "out")])
     printed = capsys.readouterr().out
-    assert "\n        10 with fields that are not used: id, system, image\n" in printed
+    assert "\n        10 with fields that are not used: id, image, system\n" in printed
     assert "\n         2 dropped: a completion over half of --block_size 64; they need --block_size 402 to 602; the model of --init allows 256\n" in printed
 
 
 def test_rows_of_long_runs_fit_80_columns(capsys):
     for steps in (7, 1000, 9999, 10_000, 10**6):
-        train.print_row("DPO", steps, steps, [{name: -999.999 for name in train.COLUMNS if name != "nats_per_token"}], 5900, header=True)
+        train.print_row("DPO", steps, steps, [{name: -999.999 for name in train.COLUMNS if name != "nats_per_token"}], 5900, is_first_row=True)
     assert all(len(line) <= 80 for line in capsys.readouterr().out.splitlines())
 
 
@@ -868,7 +868,7 @@ def test_init_determines_tokenizer_and_sizes_and_flags_for_them_are_refused(mode
     for name, value in (("n_layer", 1), ("n_head", 2), ("n_embd", 16), ("tokenizer", "toy")):
         with pytest.raises(ValueError, match=f"^leave out --{name}, because the model of --init determines it$"):
             train.make_model(train.parse_settings(["--init", model_file, f"--{name}", str(value)]))
-    with pytest.raises(ValueError, match="^--block_size 257: the model of --init allows 256$"):
+    with pytest.raises(ValueError, match="^--block_size 257: expected 16 to 256, which is the limit of the model of --init$"):
         train.make_model(train.parse_settings(["--init", model_file, "--block_size", "257"]))
     for rows, message in ((11, "wte.weight has 11 rows, but the tokenizer toy has 299 tokens$"), (300, "has 300 rows, .* 299 tokens; remove the rows from 299 on$")):
         GPT(GPTConfig(rows, tokenizer="toy")).save(tmp_path / "other.pt")

@@ -62,4 +62,4 @@ def test_without_a_pair_every_process_ends_with_one_line(init, tmp_path):
     assert done.returncode != 0 and not (tmp_path / "out").exists()
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert errors == [f"error: {tmp_path}/p.jsonl: no pair to train on"] * 2 and "number sections" not in done.stderr
-    assert "they need --block_size 602; the model of --init allows 256" in done.stdout
+    assert "they need --block_size 602 to 602; the model of --init allows 256" in done.stdout
