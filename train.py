@@ -86,7 +86,7 @@ def completion_logps(model, rows, cfg):
 
 def sft_objective(model, rows, cfg):
     """Losses (B,): -log π(y|x), in nats per completion. The metric nats_per_token divides each loss
-    by its own length, so its mean is not the corpus's cross-entropy: short rows weigh too much."""
+    by its own length, so its mean is not the corpus's cross-entropy: all rows weigh the same."""
     losses = -completion_logps(model, rows, cfg)
     lengths = losses.new_tensor([len(row.completion) for row in rows])
     return losses, {"nats_per_token": losses.detach() / lengths}
@@ -138,7 +138,7 @@ def score_pairs(reference, pairs, cfg):
 
 # ---- Training ----
 def make_optimizer(model):
-    """AdamW (the paper: RMSprop) without weight decay, which would pull to 0, not to π_ref."""
+    """AdamW (RMSprop in the paper). Weight decay would pull the weights to 0, not to π_ref."""
     return torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0, fused=True)
 
 

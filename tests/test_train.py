@@ -277,7 +277,7 @@ def test_with_a_fixed_model_the_seed_changes_rows_labels_batches_split_and_sampl
         monkeypatch.undo()
         printed = capsys.readouterr().out
         return {"batches": seen["batches"], "samples": printed[printed.index(" SFT "):printed.index(" samples:")]}
-    for flags in ([], ["--data", PAIRS]):
+    for flags in ([], ["--data", PAIRS], ["--data", PAIRS, "--held_out", "0"]):  # the last one has no split
         first, again, other = results(0, *flags), results(0, *flags), results(1, *flags)
         assert first == again and all(first[name] != other[name] for name in first), flags
     pairs = data.encode_pairs(data.read_jsonl(PAIRS), TOKENIZER, 256)[0]
