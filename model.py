@@ -193,13 +193,15 @@ class GPT(nn.Module):
         if os.path.isdir(path) or not os.path.exists(path):
             raise ValueError(f"{path}: expected a file, such as out/sft.pt or pytorch_model.bin")
         saved = load_checkpoint(path)
-        weights, config = saved.get("weights", saved), saved
+        weights, config = saved.get("weights"), saved
+        if not isinstance(weights, dict):  # save did not write this file
+            weights, config = saved, None
         if "wte.weight" not in weights and "transformer.wte.weight" not in weights:
             raise ValueError(f"{path}: expected a GPT-2 model with a tensor wte.weight, but the "
                              f"first names are {list(weights)[:3]!r:.200}")
         if not all(isinstance(name, str) and torch.is_tensor(w) for name, w in weights.items()):
             raise ValueError(f"{path}: expected a tensor for every name")
-        if "weights" not in saved:  # save did not write this file
+        if config is None:
             config = read_config(Path(path).with_name("config.json"))
         try:
             model = cls.from_gpt2(weights, config.get("n_head"), config.get("tokenizer", "gpt2"))

@@ -4,7 +4,10 @@ import gzip
 import itertools
 import json
 import math
-import re
+import os
+import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -53,20 +56,20 @@ def test_malformed_text_has_a_lower_reward_than_any_review(text):
 
 
 def test_phrasings_are_held_out_whole():
-    train, held_out = data.prompts()
+    train, held_out = data.toy_prompts()
     assert len(set(train)) == 80 and len(set(held_out)) == 20 and not set(train) & set(held_out)
     assert "Last night I watched a romance:" in train and "Last night we saw a romance:" in held_out
-    phrasing = lambda prompts: {p.rsplit(" ", 1)[0] for p in prompts}
-    assert not phrasing(train) & phrasing(held_out)
+    assert not {p.rsplit(" ", 1)[0] for p in train} & {p.rsplit(" ", 1)[0] for p in held_out}
     for part in data.OPENINGS + data.VERBS + data.GENRES:
         assert any(part in p for p in train) and any(part in p for p in held_out)
 
 
 def test_the_corpus_has_the_stated_lengths_words_and_prompts():
     """20, 30 and 50 % of the reviews have one, two and three words. In each genre three words are three times as frequent."""
-    typical = {"comedy": "funny silly dull", "thriller": "tense loud slow", "romance": "tender silly slow", "documentary": "honest slow dull"}
-    prompts, n = data.prompts()[0], 60_000
-    reviews = data.corpus(prompts, n, np.random.default_rng(0))
+    typical = {"comedy": "funny silly dull", "thriller": "tense loud slow", "romance": "tender silly slow",
+               "documentary": "honest slow dull"}
+    prompts, n = data.toy_prompts()[0], 60_000
+    reviews = data.toy_reviews(prompts, n, np.random.default_rng(0))
     lengths = collections.Counter(len(y.split()) for _, y in reviews)
     assert [lengths[k] / n for k in (1, 2, 3)] == pytest.approx([0.2, 0.3, 0.5], abs=0.01)
     for genre, frequent in typical.items():
@@ -77,7 +80,7 @@ def test_the_corpus_has_the_stated_lengths_words_and_prompts():
     counts = collections.Counter(x for x, _ in reviews)
     assert set(counts) == set(prompts) and max(counts.values()) < 1.3 * n / 80
     assert all(data.reward(x, y) > data.MALFORMED for x, y in reviews)
-    assert reviews[:100] != data.corpus(prompts, n, np.random.default_rng(1))[:100]
+    assert reviews[:100] != data.toy_reviews(prompts, n, np.random.default_rng(1))[:100]
 
 
 def test_the_simulated_annotator_is_bradley_terry():
@@ -89,8 +92,9 @@ def test_the_simulated_annotator_is_bradley_terry():
 
 
 def random_policies(seed, prompts=(THRILLER, COMEDY)):
-    generator = torch.Generator().manual_seed(seed)
-    return (3 * torch.randn(len(prompts), 1885, generator=generator, dtype=torch.float64)).log_softmax(-1)
+    logits = 3 * torch.randn(len(prompts), 1885, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    logits[:, -1] = 11  # malformed text has a probability of about a third
+    return logits.log_softmax(-1)
 
 
 def test_exact_figures_of_a_policy_agree_with_a_million_samples():
@@ -103,7 +107,9 @@ def test_exact_figures_of_a_policy_agree_with_a_million_samples():
     sampled = {"reward": r.mean(), "kl": (p - ref).gather(1, y).mean(), "valid": (y < 1884).double().mean(),
                "win_rate": (r > r_other).double().mean() + (r == r_other).double().mean() / 2}
     sampled["objective"] = sampled["reward"] - 0.5 * sampled["kl"]
-    assert list(exact) == list(data.FIGURES)
+    labels = ("objective E[r] - β KL", "E[r]", "KL(π‖π_ref), nats", "P(well-formed)", "win rate against SFT", "preference accuracy",
+              "implicit reward margin", "DPO loss, nats", "Δ log π(chosen), nats", "Δ log π(rejected), nats")
+    assert list(data.FIGURES.items()) == list(zip(exact, labels, strict=True))
     assert {name: exact[name] for name in sampled} == pytest.approx({k: v.item() for k, v in sampled.items()}, abs=0.02)
     same = data.exact_figures(ref, ref, rewards, 0.5)
     assert same["kl"] == 0 and same["win_rate"] == pytest.approx(0.5, abs=1e-5)
@@ -148,10 +154,19 @@ def test_exact_figures_at_the_start_and_at_the_optimum():
     assert shifted["objective"] - best["objective"] == pytest.approx(3) and shifted["loss"] == pytest.approx(best["loss"], abs=1e-6)
 
 
+@pytest.mark.parametrize("rest", [-800.0, -math.inf])
+def test_a_reference_with_one_outcome_has_no_pairs_and_its_pair_figures_are_nan(rest):
+    ref, rewards = torch.full((2, 5), rest).double(), torch.arange(5.0).double().expand(2, 5)
+    ref[:, 3] = 0
+    policy = torch.full((2, 5), 0.2).double().log()
+    assert all(math.isnan(x) for x in data.pair_figures(policy, ref, rewards, 1.0).values())
+    assert data.exact_figures(policy, ref, rewards, 1.0)["reward"] == pytest.approx(2)
+
+
 def test_the_toy_tokenizer_encodes_any_text_and_each_word_as_one_token(tokenizer):
     for text in ("Héllo wörld\n\n42", "a  sawdust I", "日本語 🙂", "<|endoftext|>", " " * 7, "", "\x00\r\t"):
         assert tokenizer.decode(tokenizer.encode_ordinary(text)) == text
-    for prompt in sum(data.prompts(), []):
+    for prompt in sum(data.toy_prompts(), []):
         assert len(tokenizer.encode_ordinary(prompt)) == 7
     ids = [tuple(tokenizer.encode_ordinary(y)) for y in data.REVIEWS]
     assert len(set(ids)) == 1884 and all(len(y) == len(text.split()) for y, text in zip(ids, data.REVIEWS, strict=True))
@@ -167,17 +182,13 @@ def test_prompt_and_completion_are_encoded_separately_and_end_with_one_eos(token
     prompt, completion = data.encode(tokenizer, THRILLER, " tense superb")
     eos = tokenizer.eot_token
     assert completion.count(eos) == 1 and completion[-1] == eos and eos not in prompt
-
-
-def test_text_that_spells_the_special_token_stays_text(tokenizer):
-    prompt, completion = data.encode(tokenizer, "<|endoftext|>", "<|endoftext|>")
-    assert tokenizer.eot_token not in prompt + completion[:-1]
+    prompt, completion = data.encode(tokenizer, "<|endoftext|>", "<|endoftext|>")  # text that spells EOS stays text
+    assert eos not in prompt + completion[:-1] and completion[-1] == eos
 
 
 def test_decode_marks_a_completion_without_eos(tokenizer):
     _, completion = data.encode(tokenizer, THRILLER, " tense dull")
-    assert data.decode(tokenizer, completion) == " tense dull"
-    assert data.decode(tokenizer, completion[:-1]) == " tense dull…"
+    assert [data.decode(tokenizer, ids) for ids in (completion, completion[:-1], [])] == [" tense dull", " tense dull…", "…"]
     assert data.reward(THRILLER, data.decode(tokenizer, completion[:-1])) == data.MALFORMED
 
 
@@ -215,60 +226,61 @@ def test_an_epoch_has_every_example_once_in_batches_of_similar_length(n, batch_s
         assert all(max(a) <= min(b) or min(a) >= max(b) for a, b in itertools.combinations(eighths, 2))
         sizes = [len(batch) for batch in epoch]
         assert max(sizes) <= batch_size and max(sizes) - min(sizes) <= 1  # no last batch of a single example
-    if n > 10:
+    if n > 100:
         longest = [max(map(data.length, batch)) for batch in first]
         assert longest != sorted(longest) and longest != sorted(longest, reverse=True)  # batches come in random order
         assert first != second and first != draw(1, 1)
     assert draw(0, 1) == first
 
 
-def test_examples_of_similar_length_are_shuffled():
-    examples = [data.Row([i], [0] * 10) for i in range(1000)]
-    seen = [row.prompt[0] for batch in itertools.islice(data.batches(examples, 100, seed=0), 10) for row in batch]
-    assert abs(np.corrcoef(seen, np.arange(1000))[0, 1]) < 0.1 and len({i // 100 for i in seen[:100]}) == 10
+def test_each_epoch_groups_examples_of_similar_length_anew():
+    """A batch of the second epoch has examples from all parts of the file, and few that were in one batch before."""
+    examples = [data.Row([i], [0] * (8 + i % 4)) for i in range(1000)]
+    for seed in (0, 1):
+        drawn = [{row.prompt[0] for row in batch} for batch in itertools.islice(data.batches(examples, 100, seed), 20)]
+        for batch in drawn[10:]:
+            assert max(len(batch & earlier) for earlier in drawn[:10]) < 30  # 10 are expected
+            assert len({i // 100 for i in batch}) >= 9
 
 
 GOOD = b'{"prompt": "p", "chosen": "a", "rejected": "b"}\n'
 ROW = {"prompt": "p", "chosen": "a", "rejected": "b"}
 MESSAGES = [{"role": "user", "content": "hi"}]
-NOT_JSON, NOT_STRINGS = "expected one JSON object per line, as the README shows, but got b", 'expected strings for "prompt", "chosen" and "rejected", but '
-BAD = [  # a line, and what the error says about it
-    (b"not json\n", NOT_JSON), (b"prompt,chosen,rejected\n", NOT_JSON), (b"{\n", NOT_JSON), (b"{'prompt': 'p'}\n", NOT_JSON),
-    (GOOD[:-2] + b"\n", NOT_JSON), (GOOD[:-1] * 2 + b"\n", NOT_JSON), (GOOD.replace(b"a", b"\x00"), NOT_JSON),
-    (GOOD.replace(b"b", b"\xff", 1), NOT_JSON), (GOOD.replace(b'"a"', b'"\xc3"'), NOT_JSON), (GOOD.replace(b'"a"', b"1" * 5000), NOT_JSON),
-    (b'{"a":' * 100_000 + b"\n", NOT_JSON), ("\u2028\n".encode(), NOT_JSON),
-    (b'"text"\n', "expected a JSON object, got 'text'"), (b"null\n", "expected a JSON object, got None"), (b"3\n", "expected a JSON object, got 3"),
-    (b"{}\n", NOT_STRINGS + '"prompt" is not in []'), (b'{"prompt": "p", "chosen": "a"}\n', NOT_STRINGS + "\"rejected\" is not in ['prompt', 'chosen']"),
-    (b'{"question": "p", "chosen": "a", "rejected": "b"}\n', NOT_STRINGS + "\"prompt\" is not in ['question', 'chosen', 'rejected']"),
-    *[(json.dumps(ROW | {key: value}).encode() + b"\n", f'{NOT_STRINGS}"{key}" is {value!r:.60}; the README shows how to convert')
-      for key in ROW for value in (None, 7, True, [], MESSAGES, {"role": "user"}, ["x"] * 1000)],
-    (json.dumps([ROW]).encode(), "this is a JSON array; write one object per line"), (b" [\n", "this is a JSON array"),
-    (gzip.compress(GOOD), "this is compressed by gzip; unpack it first"), (b"PK\x03\x04\n", "this is a zip archive"),
-    (json.dumps(ROW).encode("utf-16"), "this is UTF-16; save it as UTF-8"), (json.dumps(ROW).encode("utf-16")[:2], "this is UTF-16"),
-    (b"\xfe\xff\x00{\n", "this is UTF-16"), (b"PAR1\x15\x04\n", "this is a Parquet file"),
-    (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n", "this is a Git LFS pointer; run git lfs pull"),
-]
+BAD = {  # a line, and what the message says that it found
+    "prose": (b"not json\n", r"b'not json\n'"), "half an object": (GOOD[:-2] + b"\n", "b'{"), "two": (GOOD[:-1] * 2 + b"\n", "b'{"),
+    "single quotes": (b"{'prompt': 'p'}\n", 'b"{\'prompt'), "a control character": (GOOD.replace(b"a", b"\0"), "b'{"),
+    "Latin-1": (GOOD.replace(b'"a"', b'"\xe9"'), "b'{"), "5,000 digits": (GOOD.replace(b'"a"', b"1" * 5000), "b'{"),
+    "nested": (b'{"a":' * 100_000 + b"\n", "b'{"), "an array": (json.dumps([ROW]).encode(), "b'["), "null": (b"null\n", r"b'null\n'"),
+    "UTF-16": (json.dumps(ROW).encode("utf-16"), r"b'\xff\xfe{"), "gzip": (gzip.compress(GOOD), r"b'\x1f\x8b"),
+    "U+2028": ("\u2028\n".encode(), r"b'\xe2\x80\xa8\n'"), "text": (b'"text"\n', "b'\"text"), "no field": (b"{}\n", "{}"),
+    "other names": (b'{"question": "p", "chosen": "a"}\n', "{'question': 'str', 'chosen': 'str'}"),
+    "1,000 names": (json.dumps(dict.fromkeys(map(str, range(1000)))).encode() + b"\n", "{'0': 'NoneType', ")}
+for key in ROW:
+    for value, kind in ((None, "NoneType"), (7, "int"), (MESSAGES, "list"), ({"role": "user"}, "dict")):
+        BAD[f"{key} {kind}"] = json.dumps(ROW | {key: value}).encode() + b"\n", str({k: kind if k == key else "str" for k in ROW})
 
 
-@pytest.mark.parametrize("line, message", BAD, ids=range(len(BAD)))
-@pytest.mark.parametrize("before", [0, 16])
-def test_a_line_in_another_form_is_refused_with_its_number_and_what_it_is(tmp_path, before, line, message):
-    path = tmp_path / "pairs.jsonl"
-    path.write_bytes(GOOD * before + line + GOOD)
-    with pytest.raises(ValueError) as refused:
-        list(data.read_jsonl(path))
-    assert str(refused.value).startswith(f"{path}:{before + 1}: {message}")
-    assert "\n" not in str(refused.value) and len(str(refused.value)) < len(str(path)) + 300
+@pytest.mark.parametrize("name", BAD)
+def test_a_line_in_another_form_is_refused_with_its_number_and_what_it_has(tmp_path, name):
+    path, (line, found) = tmp_path / "pairs.jsonl", BAD[name]
+    for before in (0, 16):
+        path.write_bytes(GOOD * before + line + GOOD)
+        with pytest.raises(ValueError) as refused:
+            list(data.read_jsonl(path))
+        message = str(refused.value)
+        assert message.startswith(f"{path}:{before + 1}: expected strings prompt, chosen and rejected, got {found}")
+        assert message.endswith("; the README shows how to convert other formats")
+        assert "\n" not in message and len(message) < len(str(path)) + 320
 
 
-def test_a_file_from_windows_and_lone_surrogates_are_read(tmp_path, tokenizer):
-    path = tmp_path / "pairs.jsonl"
-    surrogate = GOOD.replace(b'p"', b'p\\u00e9\\ud800"', 1)
-    path.write_bytes(b"\xef\xbb\xbf" + GOOD.replace(b"\n", b"\r\n") + b"\r\n \t\n" + surrogate[:-1])
-    assert list(data.read_jsonl(path)) == [["p", "a", "b"], ["p\u00e9\ud800", "a", "b"]]
+def test_files_from_windows_files_joined_to_one_and_lone_surrogates_are_read(tmp_path, tokenizer):
+    """Each of the joined files may begin with a byte order mark. Fields that are not used stay in the record."""
+    path, bom = tmp_path / "pairs.jsonl", b"\xef\xbb\xbf"
+    other = GOOD.replace(b'p"', b'p\\u00e9\\ud800", "id": 3', 1)
+    path.write_bytes(bom + GOOD.replace(b"\n", b"\r\n") + b"\r\n \t\n" + bom + other[:-1])
+    assert list(data.read_jsonl(path)) == [ROW, ROW | {"prompt": "p\u00e9\ud800", "id": 3}]
     assert len(data.encode_pairs(data.read_jsonl(path), tokenizer, 64)[0]) == 2
-    assert data.encode_pairs([["p", "\ud800", "\ud801"]], tokenizer, 64)[1]["dropped: the completions are identical"] == 1  # same ids
-    path.write_bytes(b"\xef\xbb\xbf\n \n")
+    path.write_bytes(bom + b"\n \n")
     assert list(data.read_jsonl(path)) == []
     for missing in (tmp_path / "none", tmp_path):
         with pytest.raises(OSError):
@@ -283,99 +295,121 @@ def test_long_files_print_a_line_of_progress(tmp_path, monkeypatch, capsys):
     assert [line.split(" lines of ")[0] for line in capsys.readouterr().out.splitlines()] == ["2", "5", "8"]
 
 
-def test_pairs_are_dropped_cut_and_counted(tokenizer):
-    """Of 16 tokens, a completion with EOS may take 8. The prompt keeps the last of the tokens that are left."""
-    texts = [("0123456789", "abc", "de"), ("q", "a" * 7, "b"), ("q", "a" * 8, "b"), ("q", "b", "a" * 8), ("r" * 9 + "s", "a" * 7, "b"),
-             ("q", "same", "same"), ("t" * 8, "a" * 7, "b"), ("q", "x", "y"), ("q", "x", "y"), ("q", "x", "y"), ("q", "y", "x"),
-             ("q", "", "y"), ("q", "x", " \n"), ("q", "", ""), ("", "x", "y")]
-    pairs, counts, _ = data.encode_pairs(texts, tokenizer, 16)
-    assert counts == {"in the file": 15, "dropped: the completions are identical": 1, "dropped: a text is blank": 4,
-                      "dropped: a completion over half of --block_size 16; 95% of the pairs need at most 18": 2,
-                      "with a prompt that lost its first tokens": 1, "repeat an earlier pair": 2, "contradict an earlier pair": 1}
-    decoded = [tuple(tokenizer.decode(ids) for ids in pair) for pair in pairs]
-    eos = "<|endoftext|>"
-    assert decoded[:4] == [("0123456789", "abc" + eos, "de" + eos), ("q", "a" * 7 + eos, "b" + eos),
-                           ("r" * 7 + "s", "a" * 7 + eos, "b" + eos), ("t" * 8, "a" * 7 + eos, "b" + eos)]
+def encoded(texts, tokenizer, block_size, *limit):
+    """encode_pairs of (prompt, chosen, rejected), with the ids as text again, and the counts."""
+    records = [dict(zip(ROW, three, strict=True)) for three in texts]
+    pairs, counts = data.encode_pairs(iter(records), tokenizer, block_size, *limit)
     assert all(ids.dtype == np.int32 for pair in pairs for ids in pair)
+    return [tuple(tokenizer.decode(ids).replace("<|endoftext|>", "$") for ids in pair) for pair in pairs], counts
 
 
-def test_the_named_block_size_keeps_95_percent_of_the_pairs(tokenizer):
-    """Very long texts are not encoded whole. What they need is estimated."""
-    texts = [("q", "a" * k, "b") for k in [100] * 60 + [400] * 37 + [600] * 2 + [2_000_000]]
-    for texts in (texts, [("q", "a b " * 60, "b")] * 97 + [("q", "b", "a" * 10**6)] * 3):
-        [line] = [name for name in data.encode_pairs(texts, tokenizer, 16)[1] if "--block_size" in name]
-        size = int(re.search(r"--block_size 16; 95% of the pairs need at most (\d+)$", line)[1])
-        assert len(data.encode_pairs(texts, tokenizer, size)[0]) == 97 > 95 > len(data.encode_pairs(texts, tokenizer, size - 1)[0])
-    [line] = [name for name in data.encode_pairs([("q", "a" * 10**6, "b")], tokenizer, 16)[1] if "--block_size" in name]
-    assert 1.9e6 < int(re.search(r"at most (\d+)$", line)[1]) < 2.1e6
+def test_pairs_are_dropped_cut_and_counted_once(tokenizer):
+    """Of 16 tokens, a completion with EOS may take 8. The prompt keeps the last tokens that fit beside the longer completion."""
+    kept = [("0123456789", "abc", "de"), ("q", "a" * 7, "b"), ("t" * 8, "a" * 7, "b"), ("q", "x", "y"), ("q", "x", "y")]
+    cut = [("r" * 9 + "s", "a" * 7, "b"), ("r" * 9 + "s", "b", "a" * 7), ("r" * 99 + "s", "b", "c")]
+    long = [("q", "a" * 8, "b"), ("q", "b", "a" * 10), ("r" * 30, "a" * 9, "b")]
+    same = [("q", "same", "same"), ("q", "s" * 20, "s" * 20)]  # identical is said rather than too long
+    blank = [("q", "", "y"), ("q", "x", " \n"), ("q", "", ""), ("", "x", "y")]
+    pairs, counts = encoded(kept + cut + long + same + blank, tokenizer, 16)
+    assert pairs == [(x, y + "$", z + "$") for x, y, z in kept] + [
+        ("r" * 7 + "s", "a" * 7 + "$", "b$"), ("r" * 7 + "s", "b$", "a" * 7 + "$"), ("r" * 13 + "s", "b$", "c$")]
+    assert counts == {"in the file": 17, "dropped: the completions are identical": 2, "dropped: a text is blank": 4,
+                      "with a prompt that lost its first tokens": 3,
+                      "dropped: a completion over half of --block_size 16; they need --block_size 18 to 22": 3}
+
+
+def test_the_block_size_that_dropped_pairs_need_keeps_all_of_them_and_the_models_limit_is_named(tokenizer):
+    """Only the first 64 characters per token are read. A longer text needs the named block_size or more."""
+    texts = [("q", "a" * 149, "b"), ("q", "b", "a" * 400), ("q", "a" * 949, "b")]
+    def line(texts, *limit):
+        return [name.split("; ", 1)[1] for name in encoded(texts, tokenizer, 16, *limit)[1] if "--block_size" in name]
+    assert line(texts) == ["they need --block_size 300 to 1900"]
+    assert line(texts, 1024) == ["they need --block_size 300 to 1900; the model of --init allows 1024"]
+    assert [len(encoded(texts, tokenizer, size)[0]) for size in (299, 300, 1899, 1900)] == [0, 1, 2, 3] and line(texts[:0]) == []
+    for end, more in (("", ""), ("a", " or more")):  # 16 · 64 = 1,024 characters are read
+        for three in (("q", "a" * 1024 + end, "b"), ("q", "b", "a" * 1024 + end)):
+            assert line(texts + [three], 64) == [f"they need --block_size 300 to 2050{more}; the model of --init allows 64"]
+
+
+def test_fields_that_are_not_used_are_named_and_counted(tokenizer):
+    """In alphabetical order, also those of pairs that are dropped."""
+    records = [ROW, ROW | {"system": "s", "turns": 1, "id": 2}, {"model": "m", "id": 3, "date": 4} | ROW | {"chosen": ""}]
+    assert data.encode_pairs(records, tokenizer, 64)[1] == {
+        "in the file": 3, "dropped: a text is blank": 1, "with fields that are not used: date, id, model, system, turns": 2}
+    counts = data.encode_pairs([ROW | dict.fromkeys(f"field {i}" for i in range(1000))], tokenizer, 64)[1]
+    assert any(name.startswith("with fields that are not used: field 0, field 1") and len(name) < 250 for name in counts)
+
+
+def test_white_space_at_the_ends_of_a_text_is_kept(tokenizer):
+    texts = ("\n p ", " a \n", "\ta  ")
+    assert encoded([texts], tokenizer, 64)[0] == [(texts[0], texts[1] + "$", texts[2] + "$")]
+    row = data.encode(tokenizer, *texts[:2])
+    assert tokenizer.decode(row.prompt) == texts[0] and data.decode(tokenizer, row.completion) == texts[1]
 
 
 def test_a_very_long_prompt_keeps_its_end(tokenizer):
-    pairs, counts, _ = data.encode_pairs([(" " * 1_200_000 + "a" * 30_000 + "z", "x", "y"), ("a" * 5000, "x", "y")], tokenizer, 64)
-    assert tokenizer.decode(pairs[0].prompt) == "a" * 61 + "z" and counts["with a prompt that lost its first tokens"] == 2
+    pairs, counts = encoded([(" " * 1_200_000 + "a" * 30_000 + "z", "x", "y"), ("a" * 5000, "x", "y")], tokenizer, 64)
+    assert pairs[0][0] == "a" * 61 + "z" and counts["with a prompt that lost its first tokens"] == 2
 
 
-def test_gpt2s_tokenizer_takes_blanks_up_to_the_limit_of_characters():
-    """It panics on a million blanks before a letter. 64 × the largest block_size stays below that."""
-    pattern = tiktoken.Encoding("spaces", pat_str=r"\s+(?!\S)|\s+|\S+", mergeable_ranks={bytes([i]): i for i in range(256)}, special_tokens={})
-    assert len(pattern.encode_ordinary(" " * (64 * 8192 - 1) + "a")) == 64 * 8192
+def pairs_of(prompts):
+    return [data.Pair(np.array(ids, np.int32), [i], [i, i]) for i, ids in enumerate(prompts)]
 
 
-def test_the_checksum_covers_every_text_in_its_order(tokenizer):
-    texts = [["p", "a", "b"], ["q", "c", "d"], ["r", "", "e"]]
-    checksum = lambda texts: data.encode_pairs(texts, tokenizer, 64)[2]
-    changed = [[[text + "x" if (i, j) == (k, l) else text for j, text in enumerate(row)] for i, row in enumerate(texts)]
-               for k in range(3) for l in range(3)]
-    assert len({checksum(x) for x in [texts, texts[::-1], texts[:2], *changed]}) == 12 and checksum(texts) == checksum(list(texts))
+def test_prompts_are_held_out_with_all_of_their_pairs():
+    """A tenth of 500 prompts, one of them with many pairs. The held-out pairs come in random order, since only the first
+    ones are evaluated."""
+    pairs = pairs_of([[min(i % 700, 499)] for i in range(2100)])
+    split = lambda seed, fraction=0.1: data.split_pairs(pairs, fraction, 64, seed)
+    train, held_out = split(0)
+    prompts, others = ({pair.prompt[0] for pair in side} for side in (held_out, train))
+    assert len(prompts) == 50 and len(others) == 450 and not prompts & others
+    assert min(prompts) < 100 and max(prompts) > 400  # they are drawn from the whole file
+    numbers = [pair.chosen[0] for pair in held_out]
+    assert abs(np.corrcoef(numbers, np.arange(len(numbers)))[0, 1]) < 0.5
+    assert [pair.chosen[0] for pair in train] == sorted(set(range(2100)) - set(numbers))
+    assert len(train) + len(held_out) == 2100 and split(0) == (train, held_out) and split(0, 0) == (pairs, [])
+    assert len(prompts & {pair.prompt[0] for pair in split(1)[1]}) < 25
 
 
-def pairs_of(texts, tokenizer, block_size=64):
-    return data.encode_pairs(texts, tokenizer, block_size)[0]
-
-
-def test_prompts_are_held_out_with_all_of_their_pairs(tokenizer):
-    pairs = pairs_of([(f"p{i % 500}", f"a{i}", f"b{i}") for i in range(2000)], tokenizer)
-    split = lambda pairs, fraction=0.1, seed=0: data.split_pairs(pairs, fraction, 64, seed)
-    train, held_out = split(pairs)
-    sides = [{tuple(pair.prompt) for pair in side} for side in (train, held_out)]
-    assert len(train) == 1800 and len(held_out) == 200 and not sides[0] & sides[1] and len(sides[1]) == 50
-    others = [{tuple(pair.prompt) for pair in split(pairs, seed=seed)[1]} for seed in (0, 1)]
-    assert others[0] == sides[1] != others[1]
-    assert {tuple(pair.prompt) for pair in split(pairs[::-1])[1]} == sides[1]  # the order of the file does not matter
-    numbers = [int(tokenizer.decode(pair.prompt)[1:]) for pair in held_out]
-    assert numbers != sorted(numbers)  # the report shows the first ones: not those at the top of the file
-    assert split(pairs, fraction=0)[1] == []
-
-
-@pytest.mark.parametrize("n_prompts, fraction, held_out", [(1, 0.1, 0), (1, 0.9, 0), (2, 0.1, 1), (2, 0.9, 1), (4, 0.1, 1), (25, 0.1, 2), (31, 0.1, 3), (0, 0.1, 0)])
-def test_at_least_one_of_two_prompts_is_held_out_and_never_all(tokenizer, n_prompts, fraction, held_out):
-    pairs = pairs_of([(f"prompt {i % n_prompts}", f"a{i}", "b") for i in range(3 * n_prompts)], tokenizer)
+@pytest.mark.parametrize("n, fraction, held_out", [(0, 0.1, 0), (1, 0.9, 0), (2, 0.1, 1), (2, 0.9, 1), (25, 0.1, 3), (30, 0.1, 3)])
+def test_at_least_one_of_two_prompts_is_held_out_and_never_all(n, fraction, held_out):
     for seed in range(5):
-        train, rest = data.split_pairs(pairs, fraction, 64, seed)
-        assert len(rest) == 3 * held_out and len(train) == 3 * (n_prompts - held_out)
+        train, rest = data.split_pairs(pairs_of([[i % n] for i in range(3 * n)]), fraction, 64, seed)
+        assert len(rest) == 3 * held_out and len(train) == 3 * (n - held_out)
 
 
-def test_prompts_with_the_same_end_after_a_cut_are_on_one_side(tokenizer):
-    texts = [(f"{i}" * (10 + i) + "the same end, cut" + "!" * 20, f"a{i}", "b") for i in range(10)]
-    texts += [(f"other {i}", "a", "b") for i in range(20)]
-    pairs = pairs_of(texts, tokenizer, 40)
-    for seed in range(3):
-        ends = [{tokenizer.decode(pair.prompt)[-15:] for pair in side} for side in data.split_pairs(pairs, 0.5, 40, seed)]
-        assert ends[0] and ends[1] and not ends[0] & ends[1]
+def test_prompts_with_the_same_end_after_a_cut_are_on_one_side():
+    """Of a block of 40 tokens, a cut may leave the last 20 of a prompt. A shorter prompt is its own end."""
+    end = list(range(20))
+    pairs = pairs_of([[i] * i + end for i in range(50, 60)] + [end[1:]] + [[i] + end[1:] for i in range(30, 49)])
+    for seed in range(5):
+        for side in data.split_pairs(pairs, 0.5, 40, seed):
+            assert sum(len(pair.prompt) >= 50 for pair in side) in (0, 10) and len(side) in (10, 19, 20, 11)
 
 
-@pytest.mark.parametrize("error", [ConnectionError("no network\nat all"), TimeoutError(), OSError("disk"), PermissionError(13, "no"),
-                                   ValueError("the hash of the file does not match")])
-def test_a_vocabulary_that_cannot_be_downloaded_gives_a_one_line_error(monkeypatch, error):
+def test_data_does_not_depend_on_pythons_hash(capsys):
+    """Word ids, split, reviews and batches are the same in another process, whose sets have another order."""
+    code = """import numpy as np, data
+pairs = [data.Pair(np.array([i], np.int32), [1], [2]) for i in range(40)]
+print([pair.prompt[0] for pair in data.split_pairs(pairs, 0.5, 64, 0)[1]])
+print(data.toy_tokenizer().encode_ordinary("".join(data.toy_prompts()[0] + data.REVIEWS[:12])))
+print(data.toy_prompts(), data.toy_reviews(data.toy_prompts()[0], 20, np.random.default_rng(0)))
+print(next(data.batches([data.Row([i], [i]) for i in range(40)], 20, 0)))"""
+    exec(code, {})
+    process = subprocess.run([sys.executable, "-c", code], cwd=pathlib.Path(data.__file__).parent, capture_output=True, text=True,
+                             env=os.environ | {"PYTHONHASHSEED": "12345"})
+    assert process.stdout == capsys.readouterr().out != "", process.stderr
+
+
+@pytest.mark.parametrize("error", [ConnectionError("no network\nat all"), PermissionError(13, "no"), ValueError("the hash differs")])
+def test_a_vocabulary_that_cannot_be_had_gives_a_one_line_error(monkeypatch, error):
     def offline(name):
         raise error
     monkeypatch.setattr(tiktoken, "get_encoding", offline)
     with pytest.raises(ValueError, match="^the gpt2 vocabulary .* --tokenizer toy needs no download$"):
         data.get_tokenizer("gpt2")
+    for name in ("", "foo", None):
+        with pytest.raises(ValueError, match=f"^unknown tokenizer {name!r}; expected toy or one of tiktoken's$"):
+            data.get_tokenizer(name)
     assert data.get_tokenizer("toy").name == "toy"
-
-
-@pytest.mark.parametrize("name", ["", "foo", None])
-def test_an_unknown_tokenizer_is_named(name):
-    with pytest.raises(ValueError, match=f"^unknown tokenizer {name!r}; expected toy or one of tiktoken's$"):
-        data.get_tokenizer(name)

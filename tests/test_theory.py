@@ -7,11 +7,9 @@ import pytest
 import torch
 
 import data
-import train
 from dpo import dpo_loss, optimal_logps, sequence_logps
 from model import GPT, GPTConfig
 
-LN2 = math.log(2)
 BETAS = 0.1, 1.0, 5.0
 
 
@@ -79,7 +77,7 @@ def test_a_policy_equal_to_its_reference_has_loss_ln_2(beta):
     logps = tensor(-3.0, -70.0), tensor(-5.0, -0.1)
     for smoothing in (0.0, 0.1, 0.4):
         losses, chosen, rejected = dpo_loss(*logps, *logps, beta, label_smoothing=smoothing)
-        assert losses.tolist() == pytest.approx([LN2] * 2, abs=1e-15) and (chosen == rejected).all()
+        assert losses.tolist() == pytest.approx([math.log(2)] * 2, abs=1e-15) and (chosen == rejected).all()
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -91,9 +89,8 @@ def test_the_gradient_is_the_papers_on_a_real_gpt(beta):
         torch.nn.init.normal_(p, std=0.4)
     tokens, mask = torch.tensor([[1, 2, 3, 4, 5, 12], [1, 2, 3, 6, 12, 0]]), torch.tensor([[0, 0, 0, 1, 1, 1], [0, 0, 0, 1, 1, 0]])
     ref = tensor(-7.0, -6.5)
-    parameters = list(model.parameters())
     def gradient(value):
-        return torch.cat([g.flatten() for g in torch.autograd.grad(value, parameters, retain_graph=True)])
+        return torch.cat([g.flatten() for g in torch.autograd.grad(value, list(model.parameters()), retain_graph=True)])
     chosen, rejected = sequence_logps(model(tokens), tokens, mask)
     loss, chosen_reward, rejected_reward = dpo_loss(chosen, rejected, *ref, beta)
     weight = torch.sigmoid(rejected_reward - chosen_reward)
@@ -102,30 +99,9 @@ def test_the_gradient_is_the_papers_on_a_real_gpt(beta):
     assert (gradient(loss) - formula).norm() / formula.norm() < 1e-12
 
 
-@pytest.mark.parametrize("beta", BETAS)
-def test_the_first_step_has_slope_half_beta(beta):
-    """∂L/∂h at h = 0 is -β/2: a larger β makes the first step larger, not smaller."""
-    h = tensor(0.0).requires_grad_()
-    loss_of_h(h, beta).sum().backward()
-    assert h.grad.item() == pytest.approx(-beta / 2, abs=1e-15)
-
-
-def test_swapping_the_completions_adds_the_margin_to_the_loss():
-    """-log σ(z) + log σ(-z) = -z."""
-    h = torch.linspace(-40, 40, 81, dtype=torch.float64)
-    assert torch.allclose(loss_of_h(h, 0.5) - loss_of_h(-h, 0.5), -0.5 * h, atol=1e-14)
-
-
-def test_the_limits_of_small_and_of_large_beta():
-    """(ln 2 - L)/β → h/2 as β → 0, and L/β → max(0, -h) as β → ∞."""
-    h = tensor(-3.0, -0.5, 0.5, 3.0)
-    assert ((LN2 - loss_of_h(h, 1e-6)) / 1e-6).tolist() == pytest.approx((h / 2).tolist(), abs=1e-5)
-    assert (loss_of_h(h, 1e6) / 1e6).tolist() == pytest.approx(torch.relu(-h).tolist(), abs=1e-12)
-
-
 def test_a_constant_added_to_both_logps_of_a_prompt_cancels():
-    """So does a constant in the reward of all completions (Definition 1)."""
-    four, c = torch.randn(4, 50, dtype=torch.float64).unbind(), torch.linspace(-9, 9, 50).double()
+    generator = torch.Generator().manual_seed(0)
+    four, c = torch.randn(4, 50, generator=generator, dtype=torch.float64), torch.linspace(-9, 9, 50).double()
     loss = dpo_loss(*four, 0.7)[0]
     assert torch.allclose(dpo_loss(four[0] + c, four[1] + c, *four[2:], 0.7)[0], loss, atol=1e-12)
     assert torch.allclose(dpo_loss(*four[:2], four[2] + c, four[3] + c, 0.7)[0], loss, atol=1e-12)
@@ -142,7 +118,6 @@ def test_the_minimiser_of_the_dpo_loss_is_the_optimum_of_rlhf(seed, K, beta):
     assert kl(found, best).max() < 1e-10 < kl(best, ref).min()
     gap = beta * (found - ref) - rewards
     assert torch.allclose(gap, -beta * log_z(ref, rewards, beta)[:, None].expand_as(gap), atol=1e-4)
-    assert gap.mean(-1).unique().numel() == 3
     off = ~torch.eye(K, dtype=torch.bool)
     entropy = (-win * win.log() - (1 - win) * (1 - win).log())[:, off].mean().item()
     assert population_loss(best, ref, win, beta).item() == pytest.approx(entropy, abs=1e-12)
@@ -165,18 +140,6 @@ def test_no_policy_exceeds_the_objective_of_the_optimum(beta):
             assert (short >= -1e-12).all() and (policy is not other or (short > 0.01).all())
 
 
-def test_the_frontier_of_reward_against_kl_rises_and_is_concave():
-    """Over β the optima trace a curve with slope dE[r]/dKL = β, which falls as KL grows."""
-    ref, rewards = random_task(0, 40)
-    betas = torch.logspace(1, -1, 60, dtype=torch.float64)
-    optima = [optimal_logps(ref, rewards, beta.item()) for beta in betas]
-    x = torch.cat([kl(p, ref) for p in optima])
-    y = torch.cat([expected_reward(p, rewards) for p in optima])
-    slopes = y.diff() / x.diff()
-    assert (x.diff() > 0).all() and (y.diff() > 0).all() and (slopes.diff() < 0).all()
-    assert ((slopes < betas[:-1]) & (slopes > betas[1:])).all()
-
-
 @pytest.mark.parametrize("beta", [0.3, 1.0, 4.0])
 def test_kl_falls_as_beta_grows_at_the_rate_of_the_rewards_variance(beta):
     """dKL(π*‖π_ref)/dβ = -Var_{π*}(r)/β³."""
@@ -188,66 +151,18 @@ def test_kl_falls_as_beta_grows_at_the_rate_of_the_rewards_variance(beta):
     assert slope.item() == pytest.approx(-variance.item() / beta**3, rel=1e-6)
 
 
-def test_trained_policies_lie_under_the_frontier(small):
-    """E[r] ≤ β log Z + β KL for every β: no policy is above any of these lines, and π* touches its own."""
-    held_out, cfg = data.prompts()[1][:2], train.Config(device="cpu")
-    sft, dpo = (train.outcome_logps(GPT.load(small[1] / name), held_out, cfg, data.toy_tokenizer()) for name in ("sft.pt", "dpo.pt"))
-    rewards = data.outcome_rewards(held_out)
-    for policy in (sft, dpo):
-        assert policy.exp().sum(-1).tolist() == pytest.approx([1, 1], abs=1e-9)
-        for beta in (0.1, 0.5, 1.0, 3.0):
-            assert (expected_reward(policy, rewards) < beta * (log_z(sft, rewards, beta) + kl(policy, sft))).all()
-            best = optimal_logps(sft, rewards, beta)
-            line = beta * (log_z(sft, rewards, beta) + kl(best, sft))
-            assert torch.allclose(expected_reward(best, rewards), line, atol=1e-9)
-
-
-def test_rewards_that_differ_by_a_function_of_the_prompt_are_one_class():
-    """Definition 1, Lemmas 1 and 2: r and r + f(x) give the same preferences and the same optimum.
-    The class has one member of the form β log π/π_ref, that of its optimum (Theorem 1)."""
-    ref, rewards = random_task(0, 10, X=5)
-    shifted = rewards + tensor(-30.0, -1.0, 0.0, 2.0, 100.0)[:, None]
-    assert torch.allclose(preference_probabilities(rewards), preference_probabilities(shifted), atol=1e-12)
-    for beta in BETAS:
-        best = optimal_logps(ref, rewards, beta)
-        assert torch.allclose(best, optimal_logps(ref, shifted, beta), atol=1e-10)
-        implicit = beta * (best - ref)
-        assert torch.allclose(preference_probabilities(implicit), preference_probabilities(rewards), atol=1e-12)
-        assert torch.allclose(implicit, beta * (optimal_logps(ref, implicit, beta) - ref), atol=1e-12)
-
-
-def test_plackett_luce_with_two_completions_is_preference_probabilities():
-    """Appendix A.3: p(τ) = Π_k exp(r_τ(k)) / Σ_{j≥k} exp(r_τ(j)). For two completions it is exp(-loss)."""
-    def plackett_luce(rewards):
-        return math.prod((rewards[k].exp() / rewards[k:].exp().sum()).item() for k in range(len(rewards)))
-    ref, rewards = random_task(0, 6)
-    best = optimal_logps(ref, rewards, 0.7)[0]
-    for i, j in ((0, 1), (4, 2), (3, 5)):
-        loss = dpo_loss(best[i], best[j], ref[0, i], ref[0, j], 0.7)[0]
-        assert math.exp(-loss) == pytest.approx(plackett_luce(rewards[0, [i, j]]), abs=1e-12)
-
-
 @pytest.mark.parametrize("beta", BETAS)
-def test_eight_wins_in_ten_make_a_margin_of_logit_point_eight(beta):
-    """Two completions, P(win) = 0.8: the optimal reward margin is ln 4 = 1.386294 for every β."""
-    win = tensor([0.0, 0.8], [0.2, 0.0])
-    ref = tensor(0.3, 0.7).log()
-    found = minimise(ref, win, beta)
-    margin = beta * ((found - ref)[0] - (found - ref)[1])
-    assert margin.item() == pytest.approx(1.386294, abs=1e-6)
-
-
-def test_hard_labels_have_no_finite_optimum():
-    """If one completion is always preferred, h grows without bound: by ln 5/β for five times the steps."""
-    beta, h, seen = 2.0, tensor(0.0).requires_grad_(), {}
-    optimizer = torch.optim.SGD([h], lr=1.0)
-    for step in range(1, 2501):
-        optimizer.zero_grad()
-        loss_of_h(h, beta).sum().backward()
-        optimizer.step()
-        seen[step] = h.item()
-    assert seen[2500] - seen[500] == pytest.approx(math.log(5) / beta, rel=0.01)
-    assert seen[500] - seen[100] == pytest.approx(math.log(5) / beta, rel=0.01)
+def test_rewards_that_differ_by_a_function_of_the_prompt_have_one_optimum_with_their_preferences(beta):
+    """Definition 1, Lemmas 1 and 2: r and r + f(x) give the same preferences σ(r_i - r_j) and the same optimum. At the
+    optimum, exp(-loss) is this probability. The class has one member of the form β log π/π_ref (Theorem 1)."""
+    ref, rewards = random_task(0, 10, X=5)
+    best = optimal_logps(ref, rewards, beta)
+    assert torch.allclose(best, optimal_logps(ref, rewards + tensor(-30.0, -1.0, 0.0, 2.0, 100.0)[:, None], beta), atol=1e-10)
+    assert torch.allclose(best, optimal_logps(ref, beta * (best - ref), beta), atol=1e-10)
+    for i, j in ((0, 1), (4, 2), (3, 9)):
+        loss = dpo_loss(best[:, i], best[:, j], ref[:, i], ref[:, j], beta)[0]
+        expected = 1 / (1 + np.exp((rewards[:, j] - rewards[:, i]).numpy()))
+        assert (-loss).exp().tolist() == pytest.approx(expected.tolist(), abs=1e-12)
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -278,20 +193,25 @@ def test_both_log_probabilities_can_fall_while_the_loss_falls():
 
 
 def test_kl_to_the_optimum_falls_like_one_over_the_number_of_pairs():
-    """A tabular policy for one prompt of the toy task and 60 reviews of one or two words is
-    trained on n pairs from the reference with noisy labels. Its errors fall as 1/√n, so log10
-    KL(π*‖π) falls with slope -1 in log10 n, over two decades."""
-    prompt, reviews, beta = "Last night we saw a thriller:", data.REVIEWS[:60], 1.0
-    words = {w: 3.0 if w in data.TYPICAL["thriller"] else 1.0 for w in data.WORD_REWARDS}
-    ref = tensor(*(math.prod(words[w] / 18 for w in y.split()) for y in reviews)).log().log_softmax(-1)
-    rewards = tensor(*(data.reward(prompt, y) for y in reviews))
-    best, slopes = optimal_logps(ref, rewards, beta), []
-    for seed in range(3):
-        rng, distances = np.random.default_rng(seed), []
-        for n in (100_000, 10_000_000):
-            drawn = rng.multinomial(n, (ref[:, None] + ref).exp().flatten().numpy()).reshape(60, 60)
-            wins = rng.binomial(drawn, preference_probabilities(rewards).numpy())  # of the first over the second
-            counts = torch.from_numpy(wins + (drawn - wins).T).double()
-            distances.append(kl(best, minimise(ref, counts, beta)).item())
-        slopes.append(math.log10(distances[1] / distances[0]) / 2)
-    assert np.mean(slopes) == pytest.approx(-1, abs=0.1) and max(np.abs(np.add(slopes, 1))) < 0.3, slopes
+    """A tabular policy for one prompt and 12 reviews of one word is trained on n pairs from the reference with noisy
+    labels. For large n the errors of its logits have the covariance I⁻¹/n, with the Fisher information I of a pair. So the
+    mean of KL(π*‖π) is tr(G I⁻¹)/2n, G = diag π* - π* π*ᵀ, here 16.88/n. The mean of 60 sets must be within 40 % of it: with
+    the seeds 0 to 19 and both n it was .82 to 1.31 times 16.88/n, 1.006 on average, with a standard deviation of .096."""
+    words = [3.0 if word in data.TYPICAL["thriller"] else 1.0 for word in data.WORD_REWARDS]
+    ref, beta = tensor(*words).log().log_softmax(-1), 1.0
+    rewards = tensor(*(data.reward("Last night we saw a thriller:", f" {word}") for word in data.WORD_REWARDS))
+    best, win, drawn = optimal_logps(ref, rewards, beta), preference_probabilities(rewards), (ref[:, None] + ref).exp()
+    weights = beta**2 * drawn * win * (1 - win)
+    information = 2 * (weights.sum(1).diag() - weights)
+    curvature = best.exp().diag() - best.exp().outer(best.exp())
+    expected = (curvature @ torch.linalg.pinv(information, hermitian=True)).trace().item() / 2
+    assert expected == pytest.approx(16.88, abs=0.01)
+    rng = np.random.default_rng(0)
+    for n in (30_000, 3_000_000):
+        distances = []
+        for _ in range(60):
+            pairs = rng.multinomial(n, drawn.flatten().numpy()).reshape(12, 12)
+            wins = rng.binomial(pairs, win.numpy())  # of the first over the second
+            labels = torch.from_numpy(wins + (pairs - wins).T).double()
+            distances.append(kl(best, minimise(ref, labels, beta)).item())
+        assert n * np.mean(distances) == pytest.approx(expected, rel=0.4)
