@@ -245,8 +245,7 @@ class ToyTask:
 
     def pairs(self, sft):
         pairs = make_pairs(sft, self.prompts, self.cfg.n_pairs, self.cfg, self.tokenizer)
-        print(f"\n{self.cfg.n_pairs:,} pairs sampled, {len(pairs):,} kept (in the others "
-              "both completions are identical)")
+        print(f"\n{self.cfg.n_pairs:,} pairs sampled, {len(pairs):,} kept: their completions differ")
         if not pairs:
             fail("all sampled pairs are identical; more --n_pairs or --sft_steps may help")
         return pairs, make_pairs(sft, self.held_out_prompts, EVALUATED, self.cfg, self.tokenizer)
@@ -309,6 +308,7 @@ class FileTask:
         cfg = replace(self.cfg, dtype="float32")
         half = cfg.block_size // 2  # of a row is for the prompt, the other half for the sample
         pairs = self.held_out_pairs or self.training_pairs
+        print(f"\nsamples for {'held-out' if self.held_out_pairs else 'training'} prompts")
         prompt_ids = list(dict.fromkeys(tuple(pair.prompt[-half:]) for pair in pairs))[:32]
         return report_samples(reference, policy, prompt_ids, half, cfg, self.tokenizer)
 

@@ -768,7 +768,7 @@ def test_without_a_held_out_pair_the_report_samples_for_training_prompts(tmp_pat
     path = write_pairs(tmp_path / "p.jsonl", [("q", f"a{i}", f"b{i}") for i in range(9)])
     train.main([*OWN, "--data", path, "--out", str(tmp_path / "out")])
     printed, report = capsys.readouterr().out, read_metrics(tmp_path / "out")[-1]
-    assert "         0 held out" in printed and "\n'q'\n    SFT " in printed and "nan" not in printed and "held-out accuracy" not in printed
+    assert "         0 held out" in printed and "\nsamples for training prompts\n\n'q'\n    SFT " in printed and "nan" not in printed and "held-out accuracy" not in printed
     assert report.keys() == {"report/sampled_kl", "report/sampled_kl_error"} and report["report/sampled_kl_error"] is None
     assert not any("eval/loss" in m for m in read_metrics(tmp_path / "out"))
 
