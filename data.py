@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 
-# Examples. All texts are token ids. Completions end with EOS, unless a sample was cut off.
+# Examples. All texts are lists of ids. Completions end with EOS, unless a sample was cut off.
 Row = namedtuple("Row", ("prompt", "completion"))
 Pair = namedtuple("Pair", ("prompt", "chosen", "rejected"))
 # A ScoredPair adds log π_ref(y|x) of both completions, in nats. Because the reference is frozen,
@@ -153,9 +153,9 @@ def encode_pair(texts, tokenizer, block_size):
 def encode_pairs(records, tokenizer, block_size, model_limit=None):
     """Encode the records of read_jsonl: [Pair], and {what happened: number of pairs}.
 
-    A pair is dropped if a text is blank, if its completions are identical, or if one of them is
-    longer than half of block_size. Then the count says which block_size the long pairs need, and
-    model_limit, the largest one that the model of --init allows.
+    A pair is dropped if a text is blank, if its completions are identical, or if a completion with
+    its EOS is longer than half of block_size. Then the count says which block_size the long pairs
+    need, and model_limit, the largest one that the model of --init allows.
     """
     pairs, counts, unused, needed, or_more = [], Counter(), set(), [], ""
     for record in records:

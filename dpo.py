@@ -2,8 +2,8 @@
 # Copyright (c) 2026 the authors of Minimal DPO
 """Direct Preference Optimization (Rafailov et al. 2023, arXiv 2305.18290).
 
-You can copy this file into your project, because it needs torch and nothing else. For each batch
-of pairs, compute four log-probabilities, then the loss:
+You can copy this file into your project, because it needs torch and nothing else. For each pair,
+compute four log-probabilities, then the loss:
 
     policy_chosen_logps = sequence_logps(policy(chosen), chosen, chosen_mask)
     policy_rejected_logps = sequence_logps(policy(rejected), rejected, rejected_mask)
@@ -14,14 +14,15 @@ of pairs, compute four log-probabilities, then the loss:
                                                         ref_chosen_logps, ref_rejected_logps, beta)
     losses.mean().backward()
 
-A model here returns logits; of a Hugging Face model, pass policy(chosen).logits.
+These models return logits; with a Hugging Face model, pass policy(chosen).logits.
 
 In the paper's notation, x is the prompt, y_w the chosen and y_l the rejected completion. π_θ is the
 policy that you train, and π_ref the reference, a frozen copy of the initial policy. Why this loss?
-For every reward r, the policy that maximises E[r] - β KL(π‖π_ref) has r = β log(π/π_ref) + β log Z
-(Eq. 5). People prefer y_w to y_l with probability σ(r(x, y_w) - r(x, y_l)) (Bradley-Terry, Eq. 1),
-in which log Z(x) cancels. So DPO maximises the likelihood of the preferences under the implicit
-reward r̂(x, y) = β log(π_θ(y|x)/π_ref(y|x)). It contains the KL penalty; the loss needs no other.
+For every reward r, the policy π that maximises E[r] - β KL(π‖π_ref) satisfies
+r = β log(π/π_ref) + β log Z(x) (Eq. 5). People prefer y_w to y_l with probability
+σ(r(x, y_w) - r(x, y_l)) (Bradley-Terry, Eq. 1), in which log Z(x) cancels. So DPO maximises the
+likelihood of the preferences under the implicit reward r̂(x, y) = β log(π_θ(y|x)/π_ref(y|x)).
+The KL penalty is already in r̂, so the loss needs no other.
 """
 import torch
 import torch.nn.functional as F
@@ -62,9 +63,7 @@ def sequence_logps(logits, tokens, mask):
     # Convert first: in bfloat16, a sum of many log-probabilities can be wrong by several nats.
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     token_logps = logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)  # (N,)
-    rows = token_logps.new_zeros(scored.shape)
-    rows[scored] = token_logps
-    return rows.sum(-1)
+    return token_logps.new_zeros(scored.shape).masked_scatter(scored, token_logps).sum(-1)
 
 
 def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta,

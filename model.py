@@ -150,7 +150,7 @@ class GPT(nn.Module):
                 new = logits.argmax(-1)
             else:
                 new = (logits / temperature).softmax(-1).multinomial(1, generator=generator)[:, 0]
-            start = tokens.shape[1]  # of the new token, the only one not in the cache
+            start = tokens.shape[1]  # position of the new token, the only one not in the cache
             if start < longest:  # a longer prompt continues with its own token
                 new = torch.where(start < length, padded[:, start], new)
             tokens = torch.cat([tokens, new[:, None]], dim=1)
@@ -259,5 +259,6 @@ def save_checkpoint(path, content):
         if not zipfile.is_zipfile(f"{path}.tmp"):  # torch 2.6 misses an error in the last bytes
             raise RuntimeError("the end of the file is missing")
     except RuntimeError as error:  # torch.save raises it if the disk is full
+        Path(f"{path}.tmp").unlink(missing_ok=True)
         raise OSError(f"{path} cannot be written; is the disk full? {error}") from None
     os.replace(f"{path}.tmp", path)

@@ -29,7 +29,7 @@ from dpo import dpo_loss, optimal_logps, preference_metrics, sequence_logps
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 
 MAX_TOKENS = 4096  # tokens, with padding, in a batch that is scored or sampled
-EVALUATED = 256  # held-out pairs that are evaluated during DPO
+EVALUATED = 256  # at most so many held-out pairs are evaluated during DPO
 FILES = ("state.pt", "metrics.jsonl", "sft.pt", "dpo.pt")  # of a run, in --out
 COLUMNS = {  # metrics that are printed, with their labels
     "loss": "loss", "nats_per_token": "nats/tok",
@@ -39,7 +39,7 @@ COLUMNS = {  # metrics that are printed, with their labels
 
 
 def main(arguments=None):
-    try:  # All that you provide is read and checked here. Its errors are one line, no traceback.
+    try:  # All input is read and checked here. An error in it is one line, without a traceback.
         cfg = parse_settings(arguments)
         sft = make_model(cfg)
         task = ToyTask(cfg) if cfg.data is None else FileTask(cfg, sft)
@@ -70,8 +70,9 @@ def main(arguments=None):
                 steps=cfg.steps, peak=cfg.learning_rate, held_out_pairs=scored_held_out_pairs)
     policy.save(run.out / "dpo.pt")
 
-    # 5. The report, on held-out prompts, if there are any.
-    figures = task.report(reference, policy)
+    # 5. The report, on held-out prompts or, if there are none, on training prompts. Samples are
+    # drawn without autocast, so they are scored in float32 too.
+    figures = task.report(reference, policy, replace(cfg, dtype="float32"))
     run.log(**{f"report/{name}": value for name, value in figures.items()})
 
 
@@ -173,7 +174,7 @@ def warmup_cosine(step, steps, peak):
 
 
 def train_stage(run, stage, model, examples, objective, steps, peak, held_out_pairs):
-    """The loop of SFT and of DPO. Ten times, at equal distances, it evaluates held_out_pairs and
+    """The loop of SFT and of DPO. Up to ten times, evenly spaced, it evaluates held_out_pairs and
     prints a row. With --resume it skips the steps that the earlier run has done."""
     cfg, optimizer = run.cfg, make_optimizer(model)
     done = run.restore(stage, model, optimizer)
@@ -198,7 +199,7 @@ def train_stage(run, stage, model, examples, objective, steps, peak, held_out_pa
             recent, is_first_row = [], False
         if step % cfg.save_every == 0 or step == steps:
             run.save(stage, step, model, optimizer if step < steps else None)
-    optimizer.zero_grad()  # frees the gradients, which the copied policy would keep in memory too
+    optimizer.zero_grad()  # frees the gradients, which the reference does not need
 
 
 @torch.no_grad()
@@ -245,13 +246,12 @@ class ToyTask:
 
     def pairs(self, sft):
         pairs = make_pairs(sft, self.prompts, self.cfg.n_pairs, self.cfg, self.tokenizer)
-        print(f"\n{self.cfg.n_pairs:,} pairs sampled, {len(pairs):,} kept: their completions differ")
+        print(f"\n{self.cfg.n_pairs:,} pairs sampled, {len(pairs):,} kept (completions differ)")
         if not pairs:
-            fail("all sampled pairs are identical; more --n_pairs or --sft_steps may help")
+            fail("all sampled pairs are identical answers; more --n_pairs or --sft_steps may help")
         return pairs, make_pairs(sft, self.held_out_prompts, EVALUATED, self.cfg, self.tokenizer)
 
-    def report(self, reference, policy):
-        cfg = replace(self.cfg, dtype="float32")
+    def report(self, reference, policy, cfg):
         prompt_ids = [self.tokenizer.encode_ordinary(x) for x in self.held_out_prompts]
         exact = report_exactly(reference, policy, self.held_out_prompts, cfg, self.tokenizer)
         return exact | report_samples(reference, policy, prompt_ids, data.MAX_NEW_TOKENS, cfg,
@@ -259,7 +259,8 @@ class ToyTask:
 
 
 def make_pairs(sft, prompts, n, cfg, tokenizer):
-    """Sample n pairs of completions y ~ π_SFT(·|x). A simulated annotator chooses: [Pair]."""
+    """Sample n pairs of completions y ~ π_SFT(·|x), and let a simulated annotator choose: [Pair].
+    Pairs of identical completions are left out."""
     prompts = [prompts[i % len(prompts)] for i in range(n)]
     prompt_ids = [tokenizer.encode_ordinary(x) for x in prompts]
     samples = sample(sft, prompt_ids + prompt_ids, data.MAX_NEW_TOKENS, cfg, tokenizer)
@@ -268,13 +269,10 @@ def make_pairs(sft, prompts, n, cfg, tokenizer):
                for x, y in zip(prompts + prompts, samples, strict=True)]
     rng = np.random.default_rng((cfg.seed, 2))
     first_wins = data.prefers_first(rewards[:n], rewards[n:], rng)
-    pairs = []
-    for i, ids in enumerate(prompt_ids):
-        first, second = samples[i], samples[n + i]
-        chosen, rejected = (first, second) if first_wins[i] else (second, first)
-        if chosen != rejected:
-            pairs.append(Pair(ids, chosen, rejected))
-    return pairs
+    pairs = [Pair(ids, first, second) if wins else Pair(ids, second, first)
+             for ids, first, second, wins
+             in zip(prompt_ids, samples[:n], samples[n:], first_wins, strict=True)]
+    return [pair for pair in pairs if pair.chosen != pair.rejected]
 
 
 class FileTask:
@@ -304,8 +302,7 @@ class FileTask:
     def pairs(self, sft):
         return self.training_pairs, self.held_out_pairs
 
-    def report(self, reference, policy):
-        cfg = replace(self.cfg, dtype="float32")
+    def report(self, reference, policy, cfg):
         half = cfg.block_size // 2  # of a row is for the prompt, the other half for the sample
         pairs = self.held_out_pairs or self.training_pairs
         print(f"\nsamples for {'held-out' if self.held_out_pairs else 'training'} prompts")
@@ -364,15 +361,15 @@ def report_exactly(reference, policy, prompts, cfg, tokenizer):
     for key, label in data.FIGURES.items():
         print(f"{label:28}", *(f"{column[key]:9.4f}" for column in table.values()))
     print("DPO achieves {objective_share:.1%} of the achievable improvement of the objective.\n"
-          "KL(π‖π*) is {kl_to_optimum:.4f} nats. Over all reviews, the implicit and the true\n"
-          "reward have a correlation of {implicit_reward_correlation:.4f}.".format(**figures))
+          "KL(π‖π*) is {kl_to_optimum:.4f} nats. Over the reviews of a prompt, implicit and true\n"
+          "reward have a mean correlation of {implicit_reward_correlation:.4f}.".format(**figures))
     return figures | {f"{x}/{key}": table[x][key] for x in table for key in data.FIGURES}
 
 
 def report_samples(reference, policy, prompt_ids, max_new_tokens, cfg, tokenizer):
     """Print samples of SFT and DPO. Return an estimate of DPO's KL(π‖π_ref), the mean of
-    log π(y|x) - log π_ref(y|x) over one y ~ π per prompt, and its standard error. Samples end after
-    max_new_tokens at the latest; for longer texts the estimate is one of a lower bound."""
+    log π(y|x) - log π_ref(y|x) over one y ~ π per prompt, and its standard error. Samples are cut
+    at max_new_tokens, so if texts are longer, this estimates a lower bound of the KL."""
     samples = {"SFT": sample(reference, prompt_ids, max_new_tokens, cfg, tokenizer),
                "DPO": sample(policy, prompt_ids, max_new_tokens, cfg, tokenizer)}
     for i, ids in enumerate(prompt_ids[:4]):
@@ -394,8 +391,8 @@ def report_samples(reference, policy, prompt_ids, max_new_tokens, cfg, tokenizer
 
 # ---- The files of a run ----
 class Run:
-    """The folder --out of a run, with its metrics and the state from which --resume continues. The
-    state holds no random state, because the seed determines data, labels, samples and batches."""
+    """The folder --out of a run, with its metrics and the state from which --resume continues. No
+    random state is saved: on the same machine and torch version, the seed repeats every draw."""
 
     def __init__(self, cfg, checksum):
         """Open a new folder or, with --resume, an earlier run's. Raises ValueError or OSError."""
@@ -420,7 +417,7 @@ class Run:
             save_checkpoint(self.out / "state.pt", self.state)
         self.metrics = open(self.out / "metrics.jsonl", "ab")  # at its end
         self.metrics.truncate(min(self.state["metrics_size"], self.metrics.tell()))
-        self.metrics.seek(0, 2)  # to the new end, which save asks for
+        self.metrics.seek(0, 2)  # to the new end, which save records
 
     def clear(self):
         """Make a folder without files of an earlier run. Only --overwrite deletes them."""
@@ -462,7 +459,7 @@ class Run:
 
 # ---- Settings ----
 def option(group, default, help, low=None, high=math.inf, choices=None):
-    """A setting: its heading in --help, default, text in --help, and smallest and largest value."""
+    """A field of Config: heading in --help, default, text in --help, range and choices."""
     metadata = {"group": group, "help": help, "low": low, "high": high, "choices": choices}
     return field(default=default, metadata=metadata)
 
@@ -472,15 +469,16 @@ class Config:
     """All settings. If a default depends on --data, --init or --device, it is None here."""
     data: str = option("data", None, "JSONL file of your pairs (default: the toy task)")
     held_out: float = option("data", 0.1, "fraction of the prompts of --data to hold out", 0, 0.9)
-    tokenizer: str = option("data", None, "for --data (default: gpt2)", choices=("toy", "gpt2"))
+    tokenizer: str = option("data", None, "for --data, not with --init (default: gpt2)",
+                            choices=("toy", "gpt2"))
     block_size: int = option(
         "data", None, "longest row, in tokens (default: 256, with --init the model's)", 16)
     n_pairs: int = option("data", 32768, "pairs to sample in the toy task", 1)
     n_reviews: int = option("data", 20000, "reviews for SFT in the toy task", 1)
     init: str = option("model", None, "checkpoint or GPT-2's pytorch_model.bin to start from")
-    n_layer: int = option("model", None, "transformer blocks (default: 1)", 1)
-    n_head: int = option("model", None, "attention heads (default: 4)", 1)
-    n_embd: int = option("model", None, "channels (default: 64)", 1)
+    n_layer: int = option("model", None, "transformer blocks, not with --init (default: 1)", 1)
+    n_head: int = option("model", None, "attention heads, not with --init (default: 4)", 1)
+    n_embd: int = option("model", None, "channels, not with --init (default: 64)", 1)
     sft_steps: int = option("SFT", 1000, "steps, one batch each; 0 skips SFT", 0)
     sft_learning_rate: float = option("SFT", None, "peak (default: 4e-3, with --init 1e-5)", 1e-9)
     steps: int = option("DPO", 1000, "steps, one batch each", 1)
@@ -500,7 +498,7 @@ class Config:
     overwrite: bool = option("run", False, "delete the earlier run in --out, then start")
 
     def __post_init__(self):
-        """Fill in the defaults and check every setting. Raises ValueError that names the flag."""
+        """Fill in the defaults and check the ranges. Raises ValueError."""
         defaults = {"sft_learning_rate": 1e-5, "learning_rate": 1e-6, "beta": 0.1}
         if self.init is None:
             defaults = {"sft_learning_rate": 4e-3, "learning_rate": 1e-3, "beta": 1.0,
