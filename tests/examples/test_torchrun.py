@@ -13,15 +13,9 @@ import data
 import train
 from model import GPT, GPTConfig
 from tests.conftest import ROOT
+from tests.examples import torchrun as example
 
 PAIRS = ROOT / "tests" / "pairs.jsonl"
-
-
-def torchrun(how, **flags):
-    """Two processes to their end. how is ("-m", module) or (path,)."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *how]
-    return subprocess.run([*command, *(f"--{name}={value}" for name, value in flags.items())], capture_output=True, text=True,
-                          timeout=200, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 @pytest.fixture
@@ -35,7 +29,9 @@ def test_two_processes_get_the_weights_of_one(init, tmp_path):
     """Batches of 3 in 2 micro-batches leave one process without a pair. Observed difference: 2e-7 of the largest weight."""
     flags = {"data": str(PAIRS), "init": str(init), "out": str(tmp_path), "steps": 4, "learning_rate": 1e-5,
              "batch_size": 3, "grad_accum": 2, "device": "cpu", "dtype": "float32"}
-    done = torchrun(("-m", "tests.examples.torchrun"), **flags)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "tests.examples.torchrun"]
+    done = subprocess.run([*torchrun, *(f"--{name}={value}" for name, value in flags.items())], capture_output=True, text=True,
+                          timeout=200, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("200 pairs in ") == 1  # the first process prints the counts
     cfg = train.Config(**flags)
@@ -54,12 +50,16 @@ def test_two_processes_get_the_weights_of_one(init, tmp_path):
     assert not torch.equal(two["wte.weight"], reference.wte.weight)
 
 
-def test_without_a_pair_every_process_ends_with_one_line(init, tmp_path):
-    """Started by its path, which needs the project's folder on sys.path."""
-    record = {"prompt": "q", "chosen": "a" * 300, "rejected": "b"}
-    (tmp_path / "p.jsonl").write_text(json.dumps(record))
-    done = torchrun((ROOT / "tests" / "examples" / "torchrun.py",), data=tmp_path / "p.jsonl", init=init, out=tmp_path / "out", device="cpu")
-    assert done.returncode != 0 and not (tmp_path / "out").exists()
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert errors == [f"error: {tmp_path}/p.jsonl: no pair to train on"] * 2 and "number sections" not in done.stderr
-    assert "they need --block_size 602 to 602; the model of --init allows 256" in done.stdout
+@pytest.mark.parametrize("record, flags, message", [
+    ({"prompt": "q", "chosen": "a" * 300, "rejected": "b"}, [], "{data}: no pair to train on"), ({"prompt": "q"}, [], "{data}:1: expected strings"),
+    ({}, ["--beta", "0"], "--beta: expected a finite number"), ({}, ["--data", "nope"], "nope: No such file"), ({}, ["--init", "nope"], "nope: expected a file")])
+def test_bad_input_is_one_line_before_the_processes_meet(init, tmp_path, monkeypatch, capsys, record, flags, message):
+    """Each process reads the input for itself, so here one is enough."""
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps(record))
+    monkeypatch.setattr(sys, "argv", ["torchrun.py", "--data", str(path), "--init", str(init), "--out", str(tmp_path / "out"), "--device", "cpu", *flags])
+    with pytest.raises(SystemExit) as stop:
+        example.main()
+    errors = capsys.readouterr().err
+    assert stop.value.code == 2 and errors.count("\n") == 1 and errors.startswith("error: " + message.replace("{data}", str(path)))
+    assert not (tmp_path / "out").exists()
