@@ -83,9 +83,9 @@ def test_the_numbers_and_the_steps_on_the_page_are_those_of_the_code():
     assert f"about {round(train.Config.n_pairs / len(training), -1):.0f} pairs" in README and f"on {len(held_out)} held-out prompts" in README
     thriller, review = re.search('"(Last night.*?:)".*?" ([a-z ]*)"', section("How it works")).groups()
     assert data.reward(thriller, " " + review) == 6 and "2 + 2 + 2 = 6" in README
-    steps = re.findall(r"^\d\. \*\*(\w+)", section("How it works"), re.M)
-    comments = re.findall(r"^    # \d\. (.*)", (ROOT / "train.py").read_text(encoding="utf-8"), re.M)
-    assert [name.lower() in comment.lower() for name, comment in zip(steps, comments, strict=True)] == [True] * 5
+    steps = re.findall(r"^(\d\.) \*\*(\w+)", section("How it works"), re.M)
+    comments = re.findall(r"^    # (\d\..*)", (ROOT / "train.py").read_text(encoding="utf-8"), re.M)
+    assert all(re.match(f"{number}.*{name}", line, re.I) for (number, name), line in zip(steps, comments, strict=True)) and len(steps) == 5
 
 
 def test_five_defaults_change_with_init_as_stated():
