@@ -209,13 +209,13 @@ def test_the_export_opens_here_and_in_the_transformers_library(small, monkeypatc
     assert (theirs(tokens).logits - model(tokens)).abs().max() < 1e-4 and theirs.config.eos_token_id == EOS
 
 
-def test_the_lines_for_safetensors_keep_every_weight(tmp_path, monkeypatch):
+def test_the_line_for_safetensors_keeps_every_weight(tmp_path, monkeypatch):
     safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
     (tmp_path / "gpt2").mkdir()
     monkeypatch.chdir(tmp_path)
     weights = GPT(GPTConfig(50, 16, 1, 2, 32)).to_gpt2()
     safetensors.save_file(weights, "gpt2/model.safetensors")
-    exec(snippet("load_file"), {})
+    exec(snippet("load_file", INLINE), {"torch": torch, "safetensors": sys.modules["safetensors"]})
     again = torch.load("gpt2/pytorch_model.bin", weights_only=True)
     assert all(torch.equal(again[name], weights[name]) for name in again | weights)
 
