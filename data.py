@@ -129,12 +129,12 @@ def read_jsonl(path):
             try:
                 record = json.loads(line.decode())
                 found = {key: type(value).__name__ for key, value in record.items()}
-            except (AttributeError, ValueError, RecursionError):  # it is no JSON object
-                record, found = {}, line[:60]
+            except (AttributeError, ValueError, RecursionError) as error:  # it is no JSON object
+                record, found = {}, f"{line[:60]!r} ({error})"
             if not all(isinstance(record.get(key), str) for key in KEYS):
                 raise ValueError(
                     f"{path}:{number}: expected strings prompt, chosen and rejected, got "
-                    f"{found!r:.200}; the README shows how to convert other formats")
+                    f"{found!s:.200}; the README shows how to convert other formats")
             yield record
 
 

@@ -292,7 +292,9 @@ class FileTask:
         print(*(f"{n:10,} {text}" for text, n in counts.items()), sep="\n")
         if not pairs:
             raise ValueError(f"{cfg.data}: no pair to train on")
-        self.checksum = zlib.crc32(np.concatenate([ids for pair in pairs for ids in pair]))
+        texts = [ids for pair in pairs for ids in pair]
+        lengths = np.array([len(ids) for ids in texts])  # where one text ends and the next begins
+        self.checksum = zlib.crc32(np.concatenate(texts), zlib.crc32(lengths))
         mean_lengths = np.mean([(len(p.chosen), len(p.rejected)) for p in pairs], axis=0)
         print("mean length: chosen {:.1f}, rejected {:.1f} tokens".format(*mean_lengths))
 
@@ -539,7 +541,7 @@ def parse_settings(arguments):
 
 def make_model(cfg):
     """The model of --init, or a new one, on its device. Seeds torch, and fills in the settings that
-    --init determines, tokenizer and block_size. Raises ValueError or OSError."""
+    --init determines: its sizes and its tokenizer. Raises ValueError or OSError."""
     torch.manual_seed(cfg.seed)
     torch.set_flush_denormal(True)  # tiny gradients would slow a CPU down
     if cfg.init is None:
@@ -547,11 +549,12 @@ def make_model(cfg):
         model = GPT(GPTConfig(vocab_size, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd,
                               cfg.tokenizer))
     else:
+        model = GPT.load(cfg.init)
         for name in ("n_layer", "n_head", "n_embd", "tokenizer"):
             if getattr(cfg, name) is not None:
                 raise ValueError(f"leave out --{name}, because the model of --init determines it")
-        model = GPT.load(cfg.init)
-        cfg.tokenizer, limit = model.config.tokenizer, model.config.block_size
+            setattr(cfg, name, getattr(model.config, name))
+        limit = model.config.block_size
         cfg.block_size = cfg.block_size or limit
         if not 16 <= cfg.block_size <= limit:
             raise ValueError(f"--block_size {cfg.block_size}: expected 16 to {limit}, which is the "

@@ -266,6 +266,17 @@ def test_resume_starts_from_the_weights_that_the_run_began_with(whole, tmp_path)
     assert same(outcome(tmp_path / "a"), outcome(out))
 
 
+def test_resume_with_another_network_behind_init_is_refused(tmp_path, capsys):
+    """The same weights with other heads are another network."""
+    model = GPT(GPTConfig(data.toy_tokenizer().n_vocab, n_head=2, n_embd=16, tokenizer="toy"))
+    model.save(tmp_path / "init.pt")
+    flags = [flag for flag in TINY[4:] if flag not in ("--tokenizer", "toy")] + ["--init", str(tmp_path / "init.pt"), "--sft_steps", "1", "--steps", "1"]
+    train.main([*flags, "--out", str(tmp_path / "out")])
+    model.config.n_head = 4
+    model.save(tmp_path / "init.pt")
+    assert "n_head was 2, now it is 4" in refused(*flags, "--out", tmp_path / "out", "--resume", capsys=capsys)
+
+
 @pytest.mark.parametrize("name, value, before", [
     ("beta", 0.5, 1.0), ("seed", 1, 0), ("steps", 41, 40), ("sft_steps", 41, 40), ("n_embd", 32, 16), ("n_layer", 2, 1), ("n_head", 2, 4),
     ("learning_rate", 0.01, 0.001), ("sft_learning_rate", 0.01, 0.004), ("dtype", "bfloat16", "float32"), ("held_out", 0.2, 0.1),
@@ -290,6 +301,8 @@ def test_resume_with_other_pairs_is_refused_and_with_a_moved_file_it_continues(w
         (tmp_path / "changed.jsonl").write_text(text.replace(old, new, 1))
         error = refused(*TINY, "--data", tmp_path / "changed.jsonl", "--out", copied, "--resume", capsys=capsys)
         assert "state.pt: checksum of the pairs in --data was " in error
+    (tmp_path / "changed.jsonl").write_text(text.replace('A:", "chosen": " Eight', 'A", "chosen": ": Eight', 1))  # the same ids in a row
+    assert "checksum of the pairs" in refused(*TINY, "--data", tmp_path / "changed.jsonl", "--out", copied, "--resume", capsys=capsys)
     shutil.copy(PAIRS, tmp_path / "moved.jsonl")
     moved = copied.rename(tmp_path / "elsewhere")
     train.main([*TINY, "--data", str(tmp_path / "moved.jsonl"), "--save_every", "9", "--out", str(moved), "--resume"])

@@ -92,8 +92,11 @@ def main():
     if RANK == 0:
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
         policy.save(Path(cfg.out) / "dpo.pt")
+    dist.barrier()  # torchrun stops all processes when the first one has ended
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    sys.stdout.flush()
+    os._exit(0)  # because torch 2.13 sometimes aborts when its own threads end after Python
