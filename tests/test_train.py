@@ -5,7 +5,7 @@ import itertools
 import json
 import math
 import re
-import shutil
+import runpy
 import subprocess
 import sys
 
@@ -393,17 +393,17 @@ def test_a_wrong_command_line_is_one_line_and_exit_code_2(arguments, message, tm
 
 
 @pytest.mark.parametrize("place", ["completion_logps", "sample"])
-def test_out_of_gpu_memory_is_one_line_that_does_not_advise_overwrite(tmp_path, place):
+def test_out_of_gpu_memory_is_one_line_that_does_not_advise_overwrite(tmp_path, place, monkeypatch, capsys):
     """In training and in the report, by a function that fails as on a GPU."""
-    for module in ("dpo.py", "model.py", "data.py"):
-        shutil.copy(ROOT / module, tmp_path)
     end = '\nif __name__ == "__main__":'
     full = f'\ndef {place}(*_, **__):\n    raise torch.OutOfMemoryError("CUDA out of memory")\n'
     (tmp_path / "train.py").write_text((ROOT / "train.py").read_text(encoding="utf-8").replace(end, full + end), encoding="utf-8")
-    process = start(*OWN, "--out", tmp_path / "out", folder=tmp_path)
-    errors = process.communicate()[1]
-    assert process.returncode == 2
-    assert errors == "error: out of GPU memory: raise --grad_accum or lower --block_size, and start again with another --out\n"
+    monkeypatch.setattr(sys, "argv", ["train.py", *OWN, "--out", str(tmp_path / "out")])
+    monkeypatch.setattr(sys, "stdout", None)  # which train.py would reconfigure
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(tmp_path / "train.py"), run_name="__main__")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: out of GPU memory: raise --grad_accum or lower --block_size, and start again with another --out\n"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -708,8 +708,10 @@ def test_malformed_text_gets_the_rest_and_at_least_what_rounding_can_tell(monkey
     assert logps.shape == (1, 1885) and logps[0, -1].exp().item() == pytest.approx(malformed, rel=1e-6)
 
 
-def test_a_collapsed_sft_model_gets_a_report_with_nan_and_null(tmp_path, capsys):
+def test_a_collapsed_sft_model_gets_a_report_with_nan_and_null(tmp_path, capsys, monkeypatch):
     """All probability on one outcome leaves no pair of two different outcomes. JSON has null for nan."""
+    prompts, held_out_prompts = data.toy_prompts()
+    monkeypatch.setattr(data, "toy_prompts", lambda: (prompts, held_out_prompts[:2]))
     train.main("--n_layer 1 --n_embd 16 --sft_steps 2 --steps 1 --sft_learning_rate 3 --n_pairs 500 --device cpu --out".split() + [str(tmp_path / "out")])
     printed, report = capsys.readouterr(), read_metrics(tmp_path / "out")[-1]
     assert printed.err == "" and re.search(r"preference accuracy +nan +nan +nan\n", printed.out)
