@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # (in, out) in GPT-2's files
 GPT2_NETWORK = {  # fields of config.json that change the network, and supported values
@@ -126,20 +127,17 @@ class GPT(nn.Module):
         is empty or too long, or if the temperature is neither 0 nor finite and at least 1e-6.
         """
         lengths = [len(ids) for ids in prompt_ids]
-        if not lengths:
-            raise ValueError("expected at least one prompt, got an empty list")
-        shortest, longest = min(lengths), max(lengths)
+        shortest, longest = min(lengths, default=0), max(lengths, default=0)
         if shortest < 1 or max_new_tokens < 1 or longest + max_new_tokens > self.config.block_size:
-            raise ValueError("expected at least 1 token in a prompt and 1 new token, together at "
-                             f"most {self.config.block_size}, got prompts of {shortest} to "
-                             f"{longest} tokens and max_new_tokens = {max_new_tokens}")
+            raise ValueError("expected at least one prompt, of at least 1 token, and 1 new token, "
+                             f"together at most {self.config.block_size}; got {len(lengths)} of "
+                             f"{shortest} to {longest} and max_new_tokens = {max_new_tokens}")
         if not (temperature == 0 or 1e-6 <= temperature < math.inf):
             raise ValueError("expected temperature 0 or a finite number of at least 1e-6, got "
                              f"{temperature}")
         device = self.wte.weight.device
-        padded = torch.zeros(len(lengths), longest, dtype=torch.long, device=device)
-        for i, ids in enumerate(prompt_ids):
-            padded[i, :len(ids)] = torch.tensor(ids)
+        rows = [torch.tensor(ids, device=device) for ids in prompt_ids]
+        padded = pad_sequence(rows, batch_first=True)
         length = torch.tensor(lengths, device=device)  # (B,)
         ended = torch.zeros_like(length, dtype=torch.bool)
         tokens, start, cache = padded[:, :shortest], 0, {}  # start: first token not in the cache
@@ -154,8 +152,7 @@ class GPT(nn.Module):
             if start < longest:  # a longer prompt continues with its own token
                 new = torch.where(start < length, padded[:, start], new)
             tokens = torch.cat([tokens, new[:, None]], dim=1)
-            ended |= (start >= length) & (new == eos)
-            ended |= start + 1 == length + max_new_tokens
+            ended |= (start >= length) & (new == eos) | (start + 1 == length + max_new_tokens)
         completions = [row[n:n + max_new_tokens] for row, n in zip(tokens.tolist(), lengths)]
         return [y[:y.index(eos) + 1] if eos in y else y for y in completions]
 

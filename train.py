@@ -70,8 +70,7 @@ def main(arguments=None):
                 steps=cfg.steps, peak=cfg.learning_rate, held_out_pairs=scored_held_out_pairs)
     policy.save(run.out / "dpo.pt")
 
-    # 5. The report, on held-out prompts or, if there are none, on training prompts. Samples are
-    # drawn without autocast, so they are scored in float32 too.
+    # 5. The report, on held-out prompts if there are any, in float32, as the samples are drawn.
     figures = task.report(reference, policy, replace(cfg, dtype="float32"))
     run.log(**{f"report/{name}": value for name, value in figures.items()})
 
