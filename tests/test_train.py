@@ -777,7 +777,8 @@ def test_the_report_uses_at_most_256_pairs_and_32_prompts_with_room_for_a_sample
     train.main([*OWN, "--data", write_pairs(tmp_path / "p.jsonl", rows), "--held_out", "0.7", "--block_size", "32", "--out", str(tmp_path / "out")])
     (prompt_ids, n), = asked
     assert evaluated == [256] * 3 and n == 16
-    assert 1 <= len(prompt_ids) == len(set(prompt_ids)) <= 32 and all(len(x) == 16 for x in prompt_ids)
+    assert len(prompt_ids) == len(set(prompt_ids)) == 32 and all(len(x) == 16 for x in prompt_ids)
+    assert all(TOKENIZER.decode(x)[-1].isdigit() for x in prompt_ids)  # the end of the question
 
 
 def test_dropped_pairs_are_announced_first_and_a_file_without_pairs_is_refused(tmp_path, capsys):
