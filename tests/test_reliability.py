@@ -294,15 +294,16 @@ def test_resume_compares_every_setting_but_five(copied):
 
 
 def test_resume_with_other_pairs_is_refused_and_with_a_moved_file_it_continues(whole, copied, tmp_path, capsys):
-    """The checksum covers the ids of every prompt, chosen and rejected completion."""
-    for old, new in ((" depends", " hinges"), ("Eight", "Seven"), ("boil an", "cook an")):
-        text = open(PAIRS).read()
+    """The checksum covers the ids of every prompt, chosen and rejected completion, of held-out pairs too, and their lengths."""
+    text, tokenizer = open(PAIRS).read(), data.toy_tokenizer()
+    held_out = data.split_pairs(data.encode_pairs(data.read_jsonl(PAIRS), tokenizer, 256)[0], 0.1, 256, seed=0)[1][0]
+    rejected = tokenizer.decode(held_out.rejected[:-1])
+    for old, new in ((" depends", " hinges"), ("Eight", "Seven"), ("boil an", "cook an"), (rejected, rejected + "!"),
+                     ('A:", "chosen": " Eight', 'A", "chosen": ": Eight')):  # the last one has the same ids in a row
         assert old in text
         (tmp_path / "changed.jsonl").write_text(text.replace(old, new, 1))
         error = refused(*TINY, "--data", tmp_path / "changed.jsonl", "--out", copied, "--resume", capsys=capsys)
-        assert "state.pt: checksum of the pairs in --data was " in error
-    (tmp_path / "changed.jsonl").write_text(text.replace('A:", "chosen": " Eight', 'A", "chosen": ": Eight', 1))  # the same ids in a row
-    assert "checksum of the pairs" in refused(*TINY, "--data", tmp_path / "changed.jsonl", "--out", copied, "--resume", capsys=capsys)
+        assert "state.pt: checksum of the pairs in --data was " in error, new
     shutil.copy(PAIRS, tmp_path / "moved.jsonl")
     moved = copied.rename(tmp_path / "elsewhere")
     train.main([*TINY, "--data", str(tmp_path / "moved.jsonl"), "--save_every", "9", "--out", str(moved), "--resume"])
